@@ -1,0 +1,113 @@
+// The run-time choice of an instruction set; see isa.h. Compiled once, for the baseline.
+#include "cpu/common/isa.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+#include "slkernels/sparse.h"
+
+namespace slk::cpu {
+namespace {
+
+bool cpu_has(Isa isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  switch (isa) {
+    case Isa::generic:
+      return true;
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+             __builtin_cpu_supports("bmi2");
+    case Isa::avx512:
+      return cpu_has(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  }
+#endif
+  return isa == Isa::generic;
+}
+
+const std::vector<Isa>& compiled() {
+  static const std::vector<Isa> list = {
+      Isa::generic,
+#ifdef SLK_HAVE_AVX2
+      Isa::avx2,
+#endif
+#ifdef SLK_HAVE_AVX512
+      Isa::avx512,
+#endif
+  };
+  return list;
+}
+
+Isa choose() {
+  Isa best = Isa::generic;
+  for (Isa isa : compiled())
+    if (cpu_has(isa)) best = isa;
+  const char* wanted = std::getenv("SLKERNELS_CPU_ISA");
+  if (!wanted || !*wanted) return best;
+  std::string names;
+  for (Isa isa : compiled()) {
+    if (!cpu_has(isa)) continue;
+    if (std::string(wanted) == isa_name(isa)) return isa;
+    names += std::string(names.empty() ? "" : ", ") + isa_name(isa);
+  }
+  throw std::runtime_error("slkernels: SLKERNELS_CPU_ISA=" + std::string(wanted) +
+                           " is not available on this machine; choose one of: " + names);
+}
+
+}  // namespace
+
+Isa active_isa() {
+  static const Isa isa = choose();
+  return isa;
+}
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::generic:
+      return "generic";
+    case Isa::avx2:
+      return "avx2";
+    case Isa::avx512:
+      return "avx512";
+  }
+  return "";
+}
+
+std::vector<std::string> compiled_isas() {
+  std::vector<std::string> names;
+  for (Isa isa : compiled()) names.push_back(isa_name(isa));
+  return names;
+}
+
+// ---- one line a family
+// ----------------------------------------------------------------------------------------------- SLK_TABLE(Kernels,
+// table, accessor) declares <isa>::table of every compiled ISA and defines the accessor.
+#ifdef SLK_HAVE_AVX2
+#define SLK_IF_AVX2(...) __VA_ARGS__
+#else
+#define SLK_IF_AVX2(...)
+#endif
+#ifdef SLK_HAVE_AVX512
+#define SLK_IF_AVX512(...) __VA_ARGS__
+#else
+#define SLK_IF_AVX512(...)
+#endif
+#define SLK_TABLE(Kernels, table, accessor)                       \
+  namespace generic {                                             \
+  extern const Kernels table;                                     \
+  }                                                               \
+  SLK_IF_AVX2(namespace avx2 { extern const Kernels table; })     \
+  SLK_IF_AVX512(namespace avx512 { extern const Kernels table; }) \
+  const Kernels& accessor() {                                     \
+    switch (active_isa()) {                                       \
+      SLK_IF_AVX2(case Isa::avx2 : return avx2::table;)           \
+      SLK_IF_AVX512(case Isa::avx512 : return avx512::table;)     \
+      default:                                                    \
+        return generic::table;                                    \
+    }                                                             \
+  }
+
+SLK_TABLE(SparseKernels, sparse_table, sparse_kernels)
+
+}  // namespace slk::cpu

@@ -1,0 +1,285 @@
+// Family `sparse` at the torch boundary: checks, allocation, threads.
+#include <algorithm>
+#include <memory>
+
+#include "torch/support.h"
+
+namespace slk {
+namespace {
+
+// A packed panel of x is panel * m * 4 bytes and is read at random: keep it within three quarters of a 1 MiB L2.
+constexpr int64_t kPanelBytes = 768 << 10;
+// Packed tokens that sddmm keeps between its two phases: small enough for a shared L3.
+constexpr int64_t kChunkBytes = 8 << 20;
+
+int panel_width(int64_t tokens, int64_t features) {
+  int panel = tokens <= 16 ? 16 : tokens <= 32 ? 32 : 64;
+  while (panel > 16 && panel * features * 4 > kPanelBytes) panel /= 2;
+  return panel;
+}
+
+cpu::Matrix as_matrix(const Tensor& t) {
+  return {t.mutable_data_ptr(), t.size(0), t.size(1), std::max<int64_t>(t.stride(0), 1)};
+}
+
+// Splits the rows of S into `parts` runs of about equal work (a row costs its nonzeros and its store).
+std::vector<int64_t> split_rows(const Csr& s, int64_t parts) {
+  std::vector<int64_t> bounds(parts + 1, s.n);
+  bounds[0] = 0;
+  const double total = double(s.nnz) + 4.0 * s.n;
+  for (int64_t p = 1; p < parts; ++p) {
+    int64_t low = bounds[p - 1], high = s.n;
+    while (low < high) {
+      const int64_t mid = (low + high) / 2;
+      if (double(s.crow[mid]) + 4.0 * mid < total * p / parts)
+        low = mid + 1;
+      else
+        high = mid;
+    }
+    bounds[p] = std::min(s.n, round_up(low, 16));  // whole store tiles
+  }
+  return bounds;
+}
+
+}  // namespace
+
+float* thread_scratch(int64_t floats) {
+  thread_local std::unique_ptr<float[]> buffer;
+  thread_local int64_t size = 0;
+  if (floats + 16 > size) {
+    buffer.reset();
+    size = floats + 16;
+    buffer.reset(new float[size]);
+  }
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(buffer.get()) + 63) & ~uintptr_t(63));
+}
+
+Csr as_csr(const char* op, const Tensor& crow, const Tensor& col, int64_t n, int64_t m, bool validate) {
+  check(n >= 0 && m >= 0, op, "n and m must not be negative, got ", n, " and ", m);
+  check(crow.dim() == 1 && crow.size(0) == n + 1, op, "crow must be [", n + 1, "], got ", show(crow));
+  check(crow.scalar_type() == ScalarType::Int, op, "crow must be int32, got ", show(crow.scalar_type()));
+  check(col.dim() == 1, op, "col must be [nnz], got ", show(col));
+  const ScalarType index = m <= 32768 ? ScalarType::Short : ScalarType::Int;
+  check(col.scalar_type() == ScalarType::Int || col.scalar_type() == index, op, "col must be ", show(index), " for ", m,
+        " columns, got ", show(col.scalar_type()));
+  check(crow.is_contiguous() && col.is_contiguous(), op, "crow and col must be contiguous");
+  check_same_device(op, "crow", crow, "col", col);
+  const Csr s = {
+      crow.const_data_ptr<int32_t>(), col.const_data_ptr(), col.scalar_type() == ScalarType::Short, n, m, col.size(0)};
+  if (validate) {
+    const SupportFault f = cpu::check_support(s);
+    switch (f.kind) {
+      case SupportFault::none:
+        break;
+      case SupportFault::crow_start:
+        check(false, op, "crow[0] must be 0, got ", f.got);
+        break;
+      case SupportFault::crow_end:
+        check(false, op, "crow[", n, "] must be nnz = ", s.nnz, ", got ", f.got);
+        break;
+      case SupportFault::crow_decreasing:
+        check(false, op, "crow decreases at position ", f.position, " (", f.got, ")");
+        break;
+      case SupportFault::col_range:
+        check(false, op, "col[", f.position, "] = ", f.got, " in row ", f.row, " is out of range [0, ", m, ")");
+        break;
+      case SupportFault::col_unsorted:
+        check(false, op, "col[", f.position, "] = ", f.got, " in row ", f.row,
+              " is smaller than the one before it (unsorted)");
+        break;
+      case SupportFault::col_duplicate:
+        check(false, op, "col[", f.position, "] = ", f.got, " in row ", f.row, " is a duplicate");
+        break;
+    }
+  }
+  return s;
+}
+
+Tensor values_f32(const Tensor& values) {
+  const Tensor v = as_contiguous(values);
+  if (v.scalar_type() == ScalarType::Float || v.scalar_type() == ScalarType::Double) return v;
+  const DType dtype = dtype_of("values", "values", v);
+  Tensor out = empty_like_shape(v, shape_of(v), ScalarType::Float);
+  parallel_for(v.numel(), 1 << 15, [&](int64_t b, int64_t e) {
+    cpu::sparse_kernels().to_f32(dtype, v.const_data_ptr(), out.mutable_data_ptr<float>(), {b, e});
+  });
+  return out;
+}
+
+void spmm_cpu_into(const Csr& s, const Tensor& values, const Tensor& x, const Tensor& y, bool accumulate) {
+  const auto& kernels = cpu::sparse_kernels();
+  const DType dtype = dtype_of("spmm", "x", x);
+  const cpu::Matrix xm = as_matrix(x), ym = as_matrix(y);
+  const int64_t tokens = xm.rows, threads = torch::stable::get_num_threads();
+  if (tokens == 0 || s.n == 0) return;
+  if (dtype == DType::f64) {
+    parallel_for(tokens, 1, [&](int64_t b, int64_t e) {
+      kernels.spmm_f64(s, values.const_data_ptr<double>(), xm, ym, {b, e}, accumulate);
+    });
+    return;
+  }
+  const float* v = values.const_data_ptr<float>();
+
+  const int panel = panel_width(tokens, s.m);
+  const int64_t panels = ceil_div(tokens, panel), panel_floats = panel * s.m;
+  if (panels >= 4 * threads) {  // enough panels for every thread: pack and use each in one thread's L2
+    parallel_for(panels, 1, [&](int64_t b, int64_t e) {
+      float* xt = thread_scratch(panel_floats);
+      for (int64_t p = b; p < e; ++p) {
+        kernels.pack_panel(dtype, xm, p * panel, panel, {0, s.m}, xt);
+        kernels.spmm_panel(dtype, s, v, xt, panel, {0, s.n}, ym, p * panel, accumulate);
+      }
+    });
+    return;
+  }
+
+  // Few tokens: pack once, then share out the rows of S.
+  const int64_t parts = s.nnz < 4096 ? 1 : ceil_div(4 * threads, panels);
+  const std::vector<int64_t> bounds = split_rows(s, parts);
+  if (tokens == 1) {
+    const Tensor x32 = empty_like_shape(x, {s.m}, ScalarType::Float);
+    kernels.to_f32(dtype, xm.data, x32.mutable_data_ptr<float>(), {0, s.m});
+    parallel_for(parts, 1, [&](int64_t b, int64_t e) {
+      kernels.spmv(dtype, s, v, x32.const_data_ptr<float>(), {bounds[b], bounds[e]}, ym.data, accumulate);
+    });
+    return;
+  }
+  const Tensor packed = empty_like_shape(x, {panels * panel_floats}, ScalarType::Float);
+  float* xt = packed.mutable_data_ptr<float>();
+  parallel_for(panels, 1, [&](int64_t b, int64_t e) {
+    for (int64_t p = b; p < e; ++p) kernels.pack_panel(dtype, xm, p * panel, panel, {0, s.m}, xt + p * panel_floats);
+  });
+  parallel_for(panels * parts, 1, [&](int64_t b, int64_t e) {
+    for (int64_t item = b; item < e; ++item) {
+      const int64_t p = item / parts, part = item % parts;
+      kernels.spmm_panel(dtype, s, v, xt + p * panel_floats, panel, {bounds[part], bounds[part + 1]}, ym, p * panel,
+                         accumulate);
+    }
+  });
+}
+
+TransposedCsr transposed(const Csr& s, const Tensor& crow, const Tensor& values) {
+  TransposedCsr t = {empty_like_shape(crow, {s.m + 1}),
+                     empty_like_shape(crow, {s.nnz}, s.n <= 32768 ? ScalarType::Short : ScalarType::Int),
+                     empty_like_shape(values, {s.nnz}),
+                     {}};
+  int32_t* crow_t = t.crow.mutable_data_ptr<int32_t>();
+  if (values.scalar_type() == ScalarType::Double)
+    cpu::transpose_csr(s, values.const_data_ptr<double>(), crow_t, t.row.mutable_data_ptr(),
+                       t.values.mutable_data_ptr<double>());
+  else
+    cpu::transpose_csr(s, values.const_data_ptr<float>(), crow_t, t.row.mutable_data_ptr(),
+                       t.values.mutable_data_ptr<float>());
+  t.csr = {crow_t, t.row.const_data_ptr(), s.n <= 32768, s.m, s.n, s.nnz};
+  return t;
+}
+
+Tensor sddmm_cpu(const Csr& s, const Tensor& dy, const Tensor& x) {
+  const auto& kernels = cpu::sparse_kernels();
+  const DType dtype = dtype_of("sddmm", "x", x);
+  const cpu::Matrix xm = as_matrix(x), dym = as_matrix(dy);
+  const int64_t tokens = xm.rows, threads = torch::stable::get_num_threads();
+  Tensor out = empty_like_shape(x, {s.nnz});
+  const std::vector<int64_t> bounds = split_rows(s, threads);
+  const int64_t parts = threads;
+  if (dtype == DType::f64) {
+    parallel_for(parts, 1, [&](int64_t b, int64_t e) {
+      kernels.sddmm_f64(s, dym, xm, {bounds[b], bounds[e]}, out.mutable_data_ptr<double>());
+    });
+    return out;
+  }
+  Tensor acc = dtype == DType::f32 ? out : empty_like_shape(x, {s.nnz}, ScalarType::Float);
+  float* dv = acc.mutable_data_ptr<float>();
+  std::fill(dv, dv + s.nnz, 0.f);
+
+  const int panel = panel_width(tokens, s.m);
+  const int64_t panels = ceil_div(tokens, panel);
+  const int64_t chunk = std::max<int64_t>(1, std::min(panels, kChunkBytes / (panel * (s.m + s.n) * 4)));
+  const Tensor packed = empty_like_shape(x, {chunk * panel * (s.m + s.n)}, ScalarType::Float);
+  float* xt = packed.mutable_data_ptr<float>();
+  float* dyt = xt + chunk * panel * s.m;
+  for (int64_t first = 0; first < panels; first += chunk) {
+    const int64_t count = std::min(chunk, panels - first);
+    parallel_for(2 * count, 1, [&](int64_t b, int64_t e) {
+      for (int64_t item = b; item < e; ++item) {
+        const int64_t p = item / 2, t0 = (first + p) * panel;
+        if (item % 2 == 0)
+          kernels.pack_panel(dtype, xm, t0, panel, {0, s.m}, xt + p * panel * s.m);
+        else
+          kernels.pack_panel(dtype, dym, t0, panel, {0, s.n}, dyt + p * panel * s.n);
+      }
+    });
+    // A thread owns rows of S, so that every dv[k] is summed over the panels in one order whatever the thread count.
+    parallel_for(parts, 1, [&](int64_t b, int64_t e) {
+      for (int64_t p = 0; p < count; ++p)
+        kernels.sddmm_panel(s, dyt + p * panel * s.n, xt + p * panel * s.m, panel, {bounds[b], bounds[e]}, dv);
+    });
+  }
+  if (dtype != DType::f32)
+    parallel_for(s.nnz, 1 << 15,
+                 [&](int64_t b, int64_t e) { kernels.from_f32(dtype, dv, out.mutable_data_ptr(), {b, e}); });
+  return out;
+}
+
+namespace {
+
+void check_values(const char* op, const Tensor& values, const Csr& s, const Tensor& x, const char* x_name) {
+  check(values.dim() == 1 && values.size(0) == s.nnz, op, "values must be [", s.nnz, "], got ", show(values));
+  check_same_dtype(op, "values", values, x_name, x);
+}
+
+Tensor spmm_with(const char* op, const Tensor& x, const char* x_name, const Tensor& values, const Tensor& crow,
+                 const Tensor& col, int64_t n, int64_t m, bool transpose, bool validate) {
+  const Csr s = as_csr(op, crow, col, n, m, validate);
+  dtype_of(op, x_name, x);
+  check_values(op, values, s, x, x_name);
+  const Tensor tokens = as_tokens(op, x_name, x, transpose ? n : m);
+  Shape shape = shape_of(x);
+  shape.back() = transpose ? m : n;
+  Tensor y = empty_like_shape(x, shape);
+  const Tensor y2 = as_tokens(op, "y", y, shape.back());
+  if (transpose) {
+    const TransposedCsr t = transposed(s, crow, values_f32(values));
+    spmm_cpu_into(t.csr, t.values, tokens, y2, false);
+  } else {
+    spmm_cpu_into(s, values_f32(values), tokens, y2, false);
+  }
+  return y;
+}
+
+Tensor spmm(const Tensor& x, const Tensor& values, const Tensor& crow, const Tensor& col, int64_t n, bool validate) {
+  check(x.dim() >= 1, "spmm", "x must be [tokens, m], got ", show(x));
+  return spmm_with("spmm", x, "x", values, crow, col, n, x.size(x.dim() - 1), false, validate);
+}
+
+Tensor spmm_t(const Tensor& dy, const Tensor& values, const Tensor& crow, const Tensor& col, int64_t m, bool validate) {
+  check(dy.dim() >= 1, "spmm_t", "dy must be [tokens, n], got ", show(dy));
+  return spmm_with("spmm_t", dy, "dy", values, crow, col, dy.size(dy.dim() - 1), m, true, validate);
+}
+
+Tensor sddmm(const Tensor& dy, const Tensor& x, const Tensor& crow, const Tensor& col, bool validate) {
+  check(dy.dim() >= 1, "sddmm", "dy must be [tokens, n], got ", show(dy));
+  check(x.dim() >= 1, "sddmm", "x must be [tokens, m], got ", show(x));
+  const int64_t n = dy.size(dy.dim() - 1), m = x.size(x.dim() - 1);
+  const Csr s = as_csr("sddmm", crow, col, n, m, validate);
+  dtype_of("sddmm", "x", x);
+  check_same_dtype("sddmm", "dy", dy, "x", x);
+  const Tensor x2 = as_tokens("sddmm", "x", x, m), dy2 = as_tokens("sddmm", "dy", dy, n);
+  check(x2.size(0) == dy2.size(0), "sddmm", "dy and x must have the same tokens, got ", show(dy), " and ", show(x));
+  return sddmm_cpu(s, dy2, x2);
+}
+
+void check_support(const Tensor& crow, const Tensor& col, int64_t n, int64_t m) {
+  as_csr("check_support", crow, col, n, m, true);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(slkernels, CPU, m) {
+  m.impl("spmm", TORCH_BOX(&spmm));
+  m.impl("spmm_t", TORCH_BOX(&spmm_t));
+  m.impl("sddmm", TORCH_BOX(&sddmm));
+  m.impl("check_support", TORCH_BOX(&check_support));
+}
+
+}  // namespace slk

@@ -1,0 +1,66 @@
+// Family `sparse`: products with a sparse matrix S [n, m] on a fixed random support (CSR).
+//
+//   spmm     y[T, n]  (+)= x[T, m] S^T
+//   spmm_t   dx[T, m] (+)= dy[T, n] S            (spmm with the transposed CSR)
+//   sddmm    dv[nnz]  = (dy^T x) at the support: dv[k] = sum_t dy[t, row(k)] x[t, col(k)]
+//   gather   values[nnz] = W at the support;     scatter-add  W[n, m] += S
+//
+// Activations are token-major: element (t, j) of x is x[t * ld + j]. Sums are in fp32 (fp64 for f64), in an order that
+// depends on the shapes only, so that results do not depend on the number of threads.
+#pragma once
+
+#include "slkernels/types.h"
+
+namespace slk {
+
+// Where check_support found the first fault of a CSR support, and which.
+struct SupportFault {
+  enum Kind { none, crow_start, crow_end, crow_decreasing, col_range, col_unsorted, col_duplicate } kind = none;
+  int64_t row = -1, position = -1, got = 0;
+};
+
+namespace cpu {
+
+struct Matrix {  // token-major activations of the type that goes with it
+  void* data;
+  int64_t rows, cols, ld;
+};
+
+// The kernels work on panels of `panel` tokens (16, 32 or 64), transposed to xt[col][panel] in fp32: one broadcast of
+// a value of S then feeds panel/lanes FMAs whose other operand is a run of aligned loads.
+struct SparseKernels {
+  // xt[j * panel + t] = x[t0 + t, j] for j in `cols`; zero where t0 + t >= x.rows.
+  void (*pack_panel)(DType, const Matrix& x, int64_t t0, int panel, Range cols, float* xt);
+
+  // y[t0 + t, i] (+)= sum_k values[k] xt[col(k), t] for the rows i of S in `rows`.
+  void (*spmm_panel)(DType y_dtype, const Csr&, const float* values, const float* xt, int panel, Range rows,
+                     const Matrix& y, int64_t t0, bool accumulate);
+
+  // One token: y[i] (+)= sum_k values[k] x[col(k)].
+  void (*spmv)(DType y_dtype, const Csr&, const float* values, const float* x, Range rows, void* y, bool accumulate);
+
+  // acc[k] += sum_t dyt[row(k), t] xt[col(k), t] for the rows of S in `rows`.
+  void (*sddmm_panel)(const Csr&, const float* dyt, const float* xt, int panel, Range rows, float* acc);
+
+  // The same products in fp64, unblocked: they exist for gradient checks.
+  void (*spmm_f64)(const Csr&, const double* values, const Matrix& x, const Matrix& y, Range tokens, bool accumulate);
+  void (*sddmm_f64)(const Csr&, const Matrix& dy, const Matrix& x, Range rows, double* out);
+
+  // out[k] = W[row(k), col(k)]; W[row(k), col(k)] += values[k]. W is [n, m] with leading dimension ld.
+  void (*gather)(DType, const Csr&, const void* w, int64_t ld, Range rows, void* out);
+  void (*scatter_add)(DType, const Csr&, const void* values, void* w, int64_t ld, Range rows);
+
+  // Elementwise conversions between fp32 and `dtype`.
+  void (*to_f32)(DType, const void* in, float* out, Range);
+  void (*from_f32)(DType, const float* in, void* out, Range);
+};
+const SparseKernels& sparse_kernels();
+
+SupportFault check_support(const Csr&);
+
+// CSR of S^T: crow_t [m + 1], row_t [nnz] (int16 when n <= 32768, else int32), and values_t[k] = values[perm(k)].
+template <class Value>
+void transpose_csr(const Csr&, const Value* values, int32_t* crow_t, void* row_t, Value* values_t);
+
+}  // namespace cpu
+}  // namespace slk

@@ -1,0 +1,28 @@
+"""slkernels: CUDA and CPU SIMD kernels for sparse + low-rank models, as torch ops."""
+
+from __future__ import annotations
+
+import torch as _torch  # noqa: F401  (first: _C resolves its symbols in libtorch)
+
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        f"slkernels: the compiled core slkernels._C did not load ({error}). "
+        "If slkernels was imported from its source folder, build it first: "
+        "`pip install --no-build-isolation -e .` or `make test`. "
+        "If it was installed as a wheel, the wheel must match this Python, and torch must be >= 2.10."
+    ) from error
+
+from .sparse import check_support, sddmm, spmm, spmm_t
+
+__version__: str = _C.build_info()["version"]
+
+
+def build_info() -> dict[str, object]:
+    """What this build is: version, git commit, compiler, CUDA (yes or no, architectures), the torch ABI that it targets,
+    the CPU instruction set in use and those compiled in."""
+    return _C.build_info()
+
+
+__all__ = ["build_info", "check_support", "sddmm", "spmm", "spmm_t"]
