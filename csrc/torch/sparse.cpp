@@ -221,6 +221,42 @@ Tensor sddmm_cpu(const Csr& s, const Tensor& dy, const Tensor& x) {
   return out;
 }
 
+Tensor gather_cpu(const Csr& s, const Tensor& w) {
+  const DType dtype = dtype_of("gather_support", "w", w);
+  Tensor out = empty_like_shape(w, {s.nnz});
+  const cpu::Matrix matrix = as_matrix(w);
+  parallel_for(s.n, 64, [&](int64_t b, int64_t e) {
+    cpu::sparse_kernels().gather(dtype, s, matrix.data, matrix.ld, {b, e}, out.mutable_data_ptr());
+  });
+  return out;
+}
+
+Tensor compose_cpu(const Csr& s, const Tensor& values, const Tensor* A, const Tensor* B, double alpha,
+                   const Tensor* base) {
+  const DType dtype = dtype_of("compose", "values", values);
+  Tensor w = empty_like_shape(values, {s.n, s.m});
+  if (A)
+    addmm_out(w, base ? *base : w, *B, *A, base ? 1 : 0, alpha);
+  else if (base)
+    torch::stable::copy_(w, *base);
+  else
+    torch::stable::zero_(w);
+  const Tensor v = as_contiguous(values);
+  parallel_for(s.n, 64, [&](int64_t b, int64_t e) {
+    cpu::sparse_kernels().scatter_add(dtype, s, v.const_data_ptr(), w.mutable_data_ptr(), s.m, {b, e});
+  });
+  return w;
+}
+
+void check_lowrank(const char* op, const Tensor& A, const Tensor& B, int64_t n, int64_t m, const char* like_name,
+                   const Tensor& like) {
+  check(A.dim() == 2 && A.size(1) == m, op, "A must be [rank, ", m, "], got ", show(A));
+  check(B.dim() == 2 && B.size(0) == n, op, "B must be [", n, ", rank], got ", show(B));
+  check(A.size(0) == B.size(1), op, "A and B must have the same rank, got A ", show(A), " and B ", show(B));
+  check_same_dtype(op, "A", A, like_name, like);
+  check_same_dtype(op, "B", B, like_name, like);
+}
+
 namespace {
 
 void check_values(const char* op, const Tensor& values, const Csr& s, const Tensor& x, const char* x_name) {
@@ -273,6 +309,31 @@ void check_support(const Tensor& crow, const Tensor& col, int64_t n, int64_t m) 
   as_csr("check_support", crow, col, n, m, true);
 }
 
+Tensor gather_support(const Tensor& w, const Tensor& crow, const Tensor& col, bool validate) {
+  check(w.dim() == 2, "gather_support", "w must be [n, m], got ", show(w));
+  const Csr s = as_csr("gather_support", crow, col, w.size(0), w.size(1), validate);
+  dtype_of("gather_support", "w", w);
+  return gather_cpu(s, as_tokens("gather_support", "w", w, w.size(1)));
+}
+
+Tensor compose(const Tensor& values, const Tensor& crow, const Tensor& col, int64_t m, std::optional<Tensor> A,
+               std::optional<Tensor> B, double alpha, std::optional<Tensor> base, bool validate) {
+  const char* op = "compose";
+  check(crow.dim() == 1 && crow.size(0) >= 1, op, "crow must be [n + 1], got ", show(crow));
+  const int64_t n = crow.size(0) - 1;
+  const Csr s = as_csr(op, crow, col, n, m, validate);
+  dtype_of(op, "values", values);
+  check(values.dim() == 1 && values.size(0) == s.nnz, op, "values must be [", s.nnz, "], got ", show(values));
+  check(A.has_value() == B.has_value(), op, "A and B go together");
+  if (A) check_lowrank(op, *A, *B, n, m, "values", values);
+  if (base) {
+    check(base->dim() == 2 && base->size(0) == n && base->size(1) == m, op, "base must be [", n, ", ", m, "], got ",
+          show(*base));
+    check_same_dtype(op, "base", *base, "values", values);
+  }
+  return compose_cpu(s, values, A ? &*A : nullptr, B ? &*B : nullptr, alpha, base ? &*base : nullptr);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(slkernels, CPU, m) {
@@ -280,6 +341,8 @@ STABLE_TORCH_LIBRARY_IMPL(slkernels, CPU, m) {
   m.impl("spmm_t", TORCH_BOX(&spmm_t));
   m.impl("sddmm", TORCH_BOX(&sddmm));
   m.impl("check_support", TORCH_BOX(&check_support));
+  m.impl("gather_support", TORCH_BOX(&gather_support));
+  m.impl("compose", TORCH_BOX(&compose));
 }
 
 }  // namespace slk

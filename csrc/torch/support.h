@@ -26,4 +26,13 @@ TransposedCsr transposed(const Csr& s, const Tensor& crow, const Tensor& values)
 // dv = (dy^T x) at the support, in dy's dtype.
 Tensor sddmm_cpu(const Csr& s, const Tensor& dy, const Tensor& x);
 
+// W at the support; W = alpha B A + S + base (A and B null together).
+Tensor gather_cpu(const Csr& s, const Tensor& w);
+Tensor compose_cpu(const Csr& s, const Tensor& values, const Tensor* A, const Tensor* B, double alpha,
+                   const Tensor* base);
+
+// A [rank, m], B [n, rank], dtypes like `like`.
+void check_lowrank(const char* op, const Tensor& A, const Tensor& B, int64_t n, int64_t m, const char* like_name,
+                   const Tensor& like);
+
 }  // namespace slk

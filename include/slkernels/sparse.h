@@ -9,7 +9,12 @@
 // depends on the shapes only, so that results do not depend on the number of threads.
 #pragma once
 
+#include "slkernels/random_support.cuh"
 #include "slkernels/types.h"
+
+#if defined(SLKERNELS_WITH_CUDA) || defined(__CUDACC__)
+#include <cuda_runtime.h>
+#endif
 
 namespace slk {
 
@@ -62,5 +67,29 @@ SupportFault check_support(const Csr&);
 template <class Value>
 void transpose_csr(const Csr&, const Value* values, int32_t* crow_t, void* row_t, Value* values_t);
 
+// The CSR of a sampled support, in O(nnz) time and 8 bytes a sample of scratch: crow [n + 1], col [count].
+// `scratch` has room for `count` int64. Steps: `sample` (parallel over samples), `bucket`, `sort` (parallel over rows).
+void sample_support(const SupportSampler&, Range samples, int64_t* scratch);
+template <class Col>
+void bucket_support(const SupportSampler&, const int64_t* scratch, int32_t* crow, Col* col);
+template <class Col>
+void sort_support(const SupportSampler&, const int32_t* crow, Col* col, Range rows);
+
+// Expands the CSR of 8x8 blocks into the CSR of an [n, m] matrix.
+template <class BlockCol, class Col>
+void expand_blocks(const int32_t* block_crow, const BlockCol* block_col, int64_t n, int64_t m, int32_t* crow, Col* col);
+
 }  // namespace cpu
+
+#if defined(SLKERNELS_WITH_CUDA) || defined(__CUDACC__)
+namespace cuda {
+
+// The same CSR on the device: crow [n + 1], col [count]; `scratch` is n + count int32. Bit-equal to the CPU's.
+cudaError_t launch_random_support(const SupportSampler&, int32_t* crow, void* col, bool col_is_16, int32_t* scratch,
+                                  cudaStream_t);
+cudaError_t launch_expand_blocks(const int32_t* block_crow, const void* block_col, bool block_col_is_16, int64_t n,
+                                 int64_t m, int32_t* crow, void* col, bool col_is_16, cudaStream_t);
+
+}  // namespace cuda
+#endif
 }  // namespace slk

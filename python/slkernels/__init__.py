@@ -14,15 +14,34 @@ except ImportError as error:
         "If it was installed as a wheel, the wheel must match this Python, and torch must be >= 2.10."
     ) from error
 
-from .sparse import check_support, sddmm, spmm, spmm_t
+from .sparse import (
+    check_support,
+    compose,
+    gather_support,
+    random_blocks8,
+    random_support,
+    sddmm,
+    spmm,
+    spmm_t,
+)
 
 __version__: str = _C.build_info()["version"]
 
 
 def build_info() -> dict[str, object]:
-    """What this build is: version, git commit, compiler, CUDA (yes or no, architectures), the torch ABI that it targets,
-    the CPU instruction set in use and those compiled in."""
+    """What this build is: version, git commit, compiler, CUDA (yes or no, architectures), the torch ABI that it
+    targets, the CPU instruction set in use and those compiled in."""
     return _C.build_info()
 
 
-__all__ = ["build_info", "check_support", "sddmm", "spmm", "spmm_t"]
+__all__ = [
+    "build_info",
+    "check_support",
+    "compose",
+    "gather_support",
+    "random_blocks8",
+    "random_support",
+    "sddmm",
+    "spmm",
+    "spmm_t",
+]

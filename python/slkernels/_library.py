@@ -28,3 +28,9 @@ def define(
 def check(condition: bool, op: str, message: Callable[[], str]) -> None:
     """The fake formulas' check; says what the C++ check says."""
     torch._check(condition, lambda: f"slkernels::{op}: {message()}")
+
+
+def needs_grad(ctx, index: int) -> bool:
+    """Whether input ``index`` needs a gradient. The dispatcher drops trailing arguments that equal their defaults, and
+    ``ctx.needs_input_grad`` with them."""
+    return index < len(ctx.needs_input_grad) and ctx.needs_input_grad[index]
