@@ -6,38 +6,11 @@
 #include "slkernels/sparse.h"
 
 #include "cpu/simd.h"
+#include "cpu/types.h"
 
 namespace slk::cpu::SLK_ISA {
 namespace {
 
-// Calls f with a null pointer of the element type.
-template <class F>
-void with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::f32:
-      return f((float*)nullptr);
-    case DType::bf16:
-      return f((bf16*)nullptr);
-    case DType::f16:
-      return f((f16*)nullptr);
-    case DType::f64:
-      return f((double*)nullptr);
-  }
-}
-// The same, without f64: the panel kernels sum in fp32.
-template <class F>
-void with_float_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::f32:
-      return f((float*)nullptr);
-    case DType::bf16:
-      return f((bf16*)nullptr);
-    case DType::f16:
-      return f((f16*)nullptr);
-    case DType::f64:
-      return;
-  }
-}
 template <class F>
 void with_col(const Csr& s, F f) {
   if (s.col_is_16)
@@ -45,9 +18,6 @@ void with_col(const Csr& s, F f) {
   else
     f(static_cast<const int32_t*>(s.col));
 }
-template <class T>
-using Element = std::remove_pointer_t<T>;
-
 // ---- pack
 // ------------------------------------------------------------------------------------------------------------
 

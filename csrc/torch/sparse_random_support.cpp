@@ -32,6 +32,7 @@ void check_sizes(const char* op, int64_t n, int64_t m, double density) {
 
 void check_device(const char* op, const Device& device) {
 #ifdef SLKERNELS_WITH_CUDA
+  if (device.type() == DeviceType::CUDA) check_torch_has_cuda(op);
   check(device.type() == DeviceType::CPU || device.type() == DeviceType::CUDA, op, "device must be cpu or cuda");
 #else
   check(device.type() != DeviceType::CUDA, op,

@@ -10,8 +10,12 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace slk {
 
-inline cudaStream_t current_stream(const char* op, int32_t device) {
+inline void check_torch_has_cuda(const char* op) {
   check(aoti_torch_get_current_cuda_stream != nullptr, op, "this PyTorch build has no CUDA support");
+}
+
+inline cudaStream_t current_stream(const char* op, int32_t device) {
+  check_torch_has_cuda(op);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);

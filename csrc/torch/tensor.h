@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -143,6 +144,14 @@ void parallel_for(int64_t n, int64_t grain, const F& body) {
 inline void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta,
                       double alpha) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, alpha));
+}
+
+// An aten op by name, for what has no shim of its own: aten("aten::silu", "", x). One tensor comes back.
+template <class... Args>
+Tensor aten(const char* name, const char* overload, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // Grow-only scratch of this thread, 64-byte aligned; its contents last until the next call on the same thread.

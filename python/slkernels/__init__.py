@@ -14,6 +14,7 @@ except ImportError as error:
         "If it was installed as a wheel, the wheel must match this Python, and torch must be >= 2.10."
     ) from error
 
+from .lowrank import lowrank_linear
 from .sparse import (
     check_support,
     compose,
@@ -39,6 +40,7 @@ __all__ = [
     "check_support",
     "compose",
     "gather_support",
+    "lowrank_linear",
     "random_blocks8",
     "random_support",
     "sddmm",

@@ -13,14 +13,16 @@ _lib = torch.library.Library("slkernels", "DEF")
 def define(
     schema: str,
     *,
-    fake: Callable,
+    fake: Callable | None,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
 ) -> None:
-    """Define ``slkernels::<schema>`` with its fake formula and, for differentiable ops, its autograd formula."""
+    """Define ``slkernels::<schema>`` with its fake formula and, for differentiable ops, its autograd formula. An op
+    that ``_C`` implements by calling other ops has neither of its own: ``fake=None``."""
     name = "slkernels::" + schema.split("(", 1)[0]
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-    torch.library.register_fake(name, fake, lib=_lib)
+    if fake is not None:
+        torch.library.register_fake(name, fake, lib=_lib)
     if backward is not None:
         torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_lib)
 

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "slkernels/lowrank.h"
 #include "slkernels/sparse.h"
 
 namespace slk::cpu {
@@ -108,6 +109,7 @@ std::vector<std::string> compiled_isas() {
     }                                                             \
   }
 
+SLK_TABLE(LowRankKernels, lowrank_table, lowrank_kernels)
 SLK_TABLE(SparseKernels, sparse_table, sparse_kernels)
 
 }  // namespace slk::cpu
