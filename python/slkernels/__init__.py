@@ -15,6 +15,7 @@ except ImportError as error:
     ) from error
 
 from .lowrank import lowrank_linear
+from .sl import sl_linear
 from .sparse import (
     check_support,
     compose,
@@ -44,6 +45,7 @@ __all__ = [
     "random_blocks8",
     "random_support",
     "sddmm",
+    "sl_linear",
     "spmm",
     "spmm_t",
 ]

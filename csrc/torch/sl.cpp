@@ -1,0 +1,143 @@
+// Family `sl` at the torch boundary: y = x W^T + bias with W = alpha B A + S, without ever keeping W.
+//
+//   chain    y = alpha (x A^T) B^T + x S^T; backward by the same products and an sddmm.
+//   compose  builds W, uses the dense library, and drops W; backward builds it again and reads dv, dA, dB off dW.
+#include "slkernels/lowrank.h"
+#include "torch/lowrank.h"
+#include "torch/support.h"
+
+namespace slk {
+namespace {
+
+struct Layer {
+  Tensor A, B, values;
+  Csr s;
+  double alpha;
+  int64_t rank() const { return A.size(0); }
+};
+
+enum class Path { chain, compose };
+
+// Time of one nonzero's multiply-add in spmm and sddmm, in dense multiply-adds: measured, see docs/paths.md.
+constexpr double kSparseCost = 3.5;
+
+Path choose_path(const std::string& path, const Layer& layer, int64_t tokens) {
+  if (path == "chain") return Path::chain;
+  if (path == "compose") return Path::compose;
+  check(path == "auto", "sl_linear", "path must be auto, chain or compose, got ", path);
+  if (tokens <= cpu::kSkinnyTokens) return Path::chain;
+  const double n = double(layer.s.n), m = double(layer.s.m), r = double(layer.rank());
+  const double chain = r * (m + n) + kSparseCost * double(layer.s.nnz);  // multiply-adds a token
+  const double compose = n * m * (1 + r / double(tokens));
+  return chain <= compose ? Path::chain : Path::compose;
+}
+
+Layer check_layer(const char* op, const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& values,
+                  const Tensor& crow, const Tensor& col, double alpha, bool validate) {
+  dtype_of(op, "x", x);
+  check(A.dim() == 2, op, "A must be [rank, m], got ", show(A));
+  check(B.dim() == 2, op, "B must be [n, rank], got ", show(B));
+  const int64_t n = B.size(0), m = A.size(1);
+  check_lowrank(op, A, B, n, m, "x", x);
+  check(A.size(0) >= 1, op, "rank must be at least 1");
+  const Csr s = as_csr(op, crow, col, n, m, validate);
+  check(values.dim() == 1 && values.size(0) == s.nnz, op, "values must be [", s.nnz, "], got ", show(values));
+  check_same_dtype(op, "values", values, "x", x);
+  return {A, B, values, s, alpha};
+}
+
+Tensor sl_linear(const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& values, const Tensor& crow,
+                 const Tensor& col, double alpha, std::optional<Tensor> bias, std::string path, bool validate) {
+  const char* op = "sl_linear";
+  const Layer layer = check_layer(op, x, A, B, values, crow, col, alpha, validate);
+  const Csr& s = layer.s;
+  if (bias) {
+    check(bias->dim() == 1 && bias->size(0) == s.n, op, "bias must be [", s.n, "], got ", show(*bias));
+    check_same_dtype(op, "bias", *bias, "x", x);
+  }
+  const Tensor x2 = as_tokens(op, "x", x, s.m);
+  const Tensor* b = bias ? &*bias : nullptr;
+  Tensor y;
+  if (choose_path(path, layer, x2.size(0)) == Path::chain) {
+    y = linear(linear(x2, A, 1, nullptr), B, alpha, b);
+    spmm_cpu_into(s, values_f32(values), x2, y, true);
+  } else {
+    y = linear(x2, compose_cpu(s, values, &A, &B, alpha, nullptr), 1, b);
+  }
+  Shape shape = shape_of(x);
+  shape.back() = s.n;
+  return torch::stable::view(y, {shape.data(), shape.size()});
+}
+
+struct Gradients {
+  Tensor x, A, B, values;  // empty where not asked for
+};
+
+struct Needs {
+  bool x, factors, values;
+};
+
+void chain_backward(const Layer& layer, const Tensor& dy, const Tensor& x, const Tensor& crow, Needs need,
+                    Gradients& grad) {
+  const Tensor& like = x;
+  const int64_t tokens = x.size(0), rank = layer.rank();
+  if (need.x || need.factors) {
+    const Tensor dz = empty_like_shape(like, {tokens, rank});
+    addmm_out(dz, dz, dy, layer.B, 0, layer.alpha);
+    if (need.factors) {
+      addmm_out(grad.A, grad.A, t2(dz), x, 0, 1);
+      addmm_out(grad.B, grad.B, t2(dy), linear(x, layer.A, 1, nullptr), 0, layer.alpha);
+    }
+    if (need.x) addmm_out(grad.x, grad.x, dz, layer.A, 0, 1);
+  }
+  if (need.x) {
+    const TransposedCsr t = transposed(layer.s, crow, values_f32(layer.values));
+    spmm_cpu_into(t.csr, t.values, dy, grad.x, true);
+  }
+  if (need.values) grad.values = sddmm_cpu(layer.s, dy, x);
+}
+
+void compose_backward(const Layer& layer, const Tensor& dy, const Tensor& x, Needs need, Gradients& grad) {
+  if (need.x)
+    addmm_out(grad.x, grad.x, dy, compose_cpu(layer.s, layer.values, &layer.A, &layer.B, layer.alpha, nullptr), 0, 1);
+  if (!need.factors && !need.values) return;
+  const Tensor dw = empty_like_shape(x, {layer.s.n, layer.s.m});
+  addmm_out(dw, dw, t2(dy), x, 0, 1);
+  if (need.values) grad.values = gather_cpu(layer.s, dw);
+  if (need.factors) {
+    addmm_out(grad.A, grad.A, t2(layer.B), dw, 0, layer.alpha);
+    addmm_out(grad.B, grad.B, dw, t2(layer.A), 0, layer.alpha);
+  }
+}
+
+// Gradients of x, A, B and values.
+std::tuple<Tensor, Tensor, Tensor, Tensor> sl_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& A,
+                                                              const Tensor& B, const Tensor& values, const Tensor& crow,
+                                                              const Tensor& col, double alpha, std::string path,
+                                                              bool need_x, bool need_factors, bool need_values) {
+  const char* op = "_sl_linear_backward";
+  const Layer layer = check_layer(op, x, A, B, values, crow, col, alpha, false);
+  const Tensor x2 = as_tokens(op, "x", x, layer.s.m), dy2 = as_tokens(op, "dy", dy, layer.s.n);
+  check(x2.size(0) == dy2.size(0), op, "dy and x must have the same tokens, got ", show(dy), " and ", show(x));
+  const Needs need = {need_x, need_factors, need_values};
+  const auto gradient = [&](bool needed, const Tensor& t) {
+    return empty_like_shape(x, needed ? shape_of(t) : Shape{0});
+  };
+  Gradients grad = {gradient(need_x, x2), gradient(need_factors, A), gradient(need_factors, B),
+                    gradient(false, values)};
+  if (choose_path(path, layer, x2.size(0)) == Path::chain)
+    chain_backward(layer, dy2, x2, crow, need, grad);
+  else
+    compose_backward(layer, dy2, x2, need, grad);
+  const Shape shape = shape_of(x);
+  return {need_x ? torch::stable::view(grad.x, {shape.data(), shape.size()}) : grad.x, grad.A, grad.B, grad.values};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(slkernels, CPU, m) {
+  m.impl("sl_linear", TORCH_BOX(&sl_linear));
+  m.impl("_sl_linear_backward", TORCH_BOX(&sl_linear_backward));
+}
+
+}  // namespace slk
