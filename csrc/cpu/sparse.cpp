@@ -21,18 +21,20 @@ void with_col(const Csr& s, F f) {
 // ---- pack
 // ------------------------------------------------------------------------------------------------------------
 
+// kLanes tokens at a time along their features: as many read streams as a hardware prefetcher can follow.
 template <class T>
 void pack_panel_t(const Matrix& x, int64_t t0, int panel, Range cols, float* xt) {
-  const T* base = static_cast<const T*>(x.data) + t0 * x.ld;
   const int tokens = int(x.rows - t0 < panel ? x.rows - t0 : panel);
-  for (int64_t j = cols.begin; j < cols.end; j += kLanes) {
-    const int width = int(cols.end - j < kLanes ? cols.end - j : kLanes);
-    for (int t = 0; t < panel; t += kLanes) {
+  for (int t = 0; t < panel; t += kLanes) {
+    const T* base = static_cast<const T*>(x.data) + (t0 + t) * x.ld;
+    const int depth = tokens - t < kLanes ? tokens - t : kLanes;
+    for (int64_t j = cols.begin; j < cols.end; j += kLanes) {
+      const int width = int(cols.end - j < kLanes ? cols.end - j : kLanes);
       V tile[kLanes];
-      if (width == kLanes && t + kLanes <= tokens) {
-        for (int i = 0; i < kLanes; ++i) tile[i] = load(base + (t + i) * x.ld + j);
+      if (width == kLanes && depth == kLanes) {
+        for (int i = 0; i < kLanes; ++i) tile[i] = load(base + i * x.ld + j);
       } else {
-        for (int i = 0; i < kLanes; ++i) tile[i] = t + i < tokens ? load_n(base + (t + i) * x.ld + j, width) : zero();
+        for (int i = 0; i < kLanes; ++i) tile[i] = i < depth ? load_n(base + i * x.ld + j, width) : zero();
       }
       transpose(tile);
       if (width == kLanes) {
@@ -85,6 +87,8 @@ void spmm_panel_t(const Csr& s, const Col* col, const float* values, const float
   alignas(64) float yt[kLanes * kPanel];
   for (int64_t i = rows.begin; i < rows.end; i += kLanes) {
     const int height = int(rows.end - i < kLanes ? rows.end - i : kLanes);
+    // The tile of y that this block ends in: `tokens` separate lines, which arrive while the rows are summed.
+    for (int t = 0; t < tokens; ++t) __builtin_prefetch(base + t * y.ld + i, 1);
     for (int r = 0; r < height; ++r) {
       V acc[NV];
       spmm_row<NV>(values, col, s.crow[i + r], s.crow[i + r + 1], xt, acc);
