@@ -15,6 +15,10 @@ if(NOT EXISTS ${torch_dir}/include/torch/csrc/stable/library.h)
   message(FATAL_ERROR "slkernels: ${torch_dir} has no stable-ABI headers; torch >= 2.10 is needed.")
 endif()
 message(STATUS "slkernels: torch headers from ${torch_dir}")
+set(torch_has_cuda OFF)
+if(EXISTS ${torch_dir}/lib/libtorch_cuda.so)
+  set(torch_has_cuda ON)
+endif()
 
 add_library(torch_stable INTERFACE)
 target_include_directories(torch_stable SYSTEM INTERFACE ${torch_dir}/include)
@@ -24,5 +28,5 @@ target_compile_definitions(torch_stable INTERFACE TORCH_TARGET_VERSION=0x020a000
 # DT_NEEDED: torch opens its libraries RTLD_LOCAL, so that nothing else would bring their symbols into scope.
 target_link_options(torch_stable INTERFACE -Wl,--no-as-needed)
 target_link_libraries(torch_stable INTERFACE ${torch_dir}/lib/libtorch.so)
-set(CMAKE_SKIP_BUILD_RPATH ON)
+set(CMAKE_BUILD_WITH_INSTALL_RPATH ON)
 set(CMAKE_INSTALL_RPATH "$ORIGIN/../torch/lib")
