@@ -24,6 +24,8 @@ add_library(torch_stable INTERFACE)
 target_include_directories(torch_stable SYSTEM INTERFACE ${torch_dir}/include)
 # The oldest torch the binary runs on: 2.10. Also turns every unstable torch header into an #error.
 target_compile_definitions(torch_stable INTERFACE TORCH_TARGET_VERSION=0x020a000000000000)
+# torch's checks put the header's path into their messages: not that of the machine that built the wheel.
+target_compile_options(torch_stable INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-ffile-prefix-map=${torch_dir}=torch>)
 # libtorch.so is a shell that needs libtorch_cpu.so, and libtorch_cuda.so in CUDA builds. --no-as-needed keeps it in
 # DT_NEEDED: torch opens its libraries RTLD_LOCAL, so that nothing else would bring their symbols into scope.
 target_link_options(torch_stable INTERFACE -Wl,--no-as-needed)

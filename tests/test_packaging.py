@@ -15,9 +15,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import torch
-
 import slkernels
+import torch
 from slkernels import _C
 
 ROOT = Path(__file__).resolve().parent.parent
