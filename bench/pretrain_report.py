@@ -60,8 +60,8 @@ def print_table(results: list[dict]) -> None:
     """Print the comparison, with rich if it is installed."""
     s = results[0]["settings"]
     caption = (
-        f"{s['config']}, {results[0]['steps']} steps of {s['batch'] * s['accumulate']}x{s['sequence']} bytes, {s['dtype']}; "
-        "loss in nats a byte; MiB of the tensors; peak: of the process (GPU: of the allocator)"
+        f"{s['config']}, {results[0]['steps']} steps of {s['batch'] * s['accumulate']}x{s['sequence']} bytes, "
+        f"{s['dtype']}; loss in nats a byte; MiB of the tensors; peak: of the process (GPU: of the allocator)"
     )
     try:
         from rich.console import Console

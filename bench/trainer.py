@@ -191,8 +191,8 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 class Run:
     """A training run of ``settings`` (resolved) with its files under ``folder``.
 
-    After :meth:`train`: ``model``; ``losses``, one a step; ``validation``, a list of {step, tokens, seconds, loss}, whose
-    seconds count training only.
+    After :meth:`train`: ``model``; ``losses``, one a step; ``validation``, a list of {step, tokens, seconds, loss};
+    its seconds count training only.
     """
 
     settings: Settings
