@@ -170,7 +170,8 @@ class Support:
 
     def to_sparse_csr(self, values: Tensor) -> Tensor:
         """S as a ``torch.sparse_csr`` tensor with int32 indices; ``values`` [nnz] is shared, not copied."""
-        return torch.sparse_csr_tensor(self.crow, self.col.to(torch.int32), values, size=(self.n, self.m))
+        col = self.col.to(torch.int32)
+        return torch.sparse_csr_tensor(self.crow, col, values, (self.n, self.m), check_invariants=False)
 
     def to(self, device: torch.device | str) -> Support:
         """The same support on another device."""
