@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         result = run_one(args, method) if len(methods) == 1 else run_child(args, argv, method)
         if result is None:
             if not args.child:
-                print(f"interrupted; the checkpoint is under {args.out}. To go on: the same command with --resume")
+                print(f"interrupted; {args.out} holds what was done. To go on: the same command with --resume")
             return INTERRUPTED
         results.append(result)
     if args.child:
