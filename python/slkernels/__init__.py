@@ -14,6 +14,7 @@ except ImportError as error:
         "If it was installed as a wheel, the wheel must match this Python, and torch must be >= 2.10."
     ) from error
 
+from . import convert, nn
 from .lowrank import lowrank_linear
 from .sl import sl_linear
 from .sparse import (
@@ -26,6 +27,7 @@ from .sparse import (
     spmm,
     spmm_t,
 )
+from .support import Support
 
 __version__: str = _C.build_info()["version"]
 
@@ -37,11 +39,14 @@ def build_info() -> dict[str, object]:
 
 
 __all__ = [
+    "Support",
     "build_info",
     "check_support",
     "compose",
+    "convert",
     "gather_support",
     "lowrank_linear",
+    "nn",
     "random_blocks8",
     "random_support",
     "sddmm",

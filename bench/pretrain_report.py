@@ -1,0 +1,131 @@
+"""What a comparison of pretraining runs shows: a table, and the curves as PNG. Both are drawn from the results only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TITLES = {"dense": "dense", "lowrank": "low-rank", "sltrain": "SLTrain"}
+COLORS = {"dense": "#9a9a9a", "lowrank": "#d98c3f", "sltrain": "#1f6f8b"}
+HEADER = (
+    "method",
+    "optimizer",
+    "val loss",
+    "tokens/s",
+    "parameters",
+    "param",
+    "indices",
+    "optim",
+    "grads",
+    "sum",
+    "peak",
+)
+
+
+def mebibytes(count: float) -> str:
+    return f"{count / 2**20:.1f}"
+
+
+def title(result: dict) -> str:
+    settings = result["settings"]
+    return TITLES[settings["method"]]
+
+
+def optimizer(result: dict) -> str:
+    settings = result["settings"]
+    return settings["optimizer"] + (" per layer" if settings["per_layer"] else "")
+
+
+def tensor_bytes(result: dict) -> list[int]:
+    return [result[f"{what}_bytes"] for what in ("parameter", "index", "optimizer", "gradient")]
+
+
+def rows(results: list[dict]) -> list[tuple[str, ...]]:
+    """HEADER's columns; bytes in MiB."""
+    return [
+        (
+            title(r),
+            optimizer(r),
+            f"{r['validation'][-1]['loss']:.4f}" if r["validation"] else "-",
+            f"{r['tokens_per_second']:,.0f}",
+            f"{r['parameters']:,}",
+            *(mebibytes(b) for b in tensor_bytes(r)),
+            mebibytes(sum(tensor_bytes(r))),
+            mebibytes(r["peak_bytes"]),
+        )
+        for r in results
+    ]
+
+
+def print_table(results: list[dict]) -> None:
+    """Print the comparison, with rich if it is installed."""
+    s = results[0]["settings"]
+    caption = (
+        f"{s['config']}, {results[0]['steps']} steps of {s['batch'] * s['accumulate']}x{s['sequence']} bytes, "
+        f"{s['dtype']}; loss in nats a byte; MiB of the tensors; peak: of the process (GPU: of the allocator)"
+    )
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        lines = [HEADER, *rows(results)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+        for line in lines:
+            print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+        print(caption)
+        return
+    table = Table(caption=caption)
+    for i, name in enumerate(HEADER):
+        table.add_column(name, justify="left" if i < 2 else "right")
+    for row in rows(results):
+        table.add_row(*row)
+    Console().print(table)
+
+
+def plot(results: list[dict], environment: dict, path: Path) -> bool:
+    """Write the PNG: validation loss against tokens and against training time, and bytes. False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (tokens, seconds, memory) = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+    for result in results:
+        method = result["settings"]["method"]
+        style = {
+            "color": COLORS[method],
+            "label": f"{title(result)}, {optimizer(result)}",
+            "marker": "o",
+            "markersize": 3,
+        }
+        losses = [v["loss"] for v in result["validation"]]
+        tokens.plot([v["tokens"] / 1e6 for v in result["validation"]], losses, **style)
+        seconds.plot([v["seconds"] for v in result["validation"]], losses, **style)
+    tokens.set(xlabel="training tokens (million bytes)", ylabel="validation loss (nats a byte)")
+    seconds.set(xlabel="training time (s)", ylabel="validation loss (nats a byte)")
+    names = [title(result) for result in results]
+    bottom = [0.0] * len(results)
+    for i, (what, color) in enumerate(
+        zip(
+            ("parameters", "indices", "optimizer", "gradients"),
+            ("#1f6f8b", "#222222", "#d98c3f", "#6a9f58"),
+            strict=True,
+        )
+    ):
+        heights = [tensor_bytes(result)[i] / 2**20 for result in results]
+        memory.bar(names, heights, bottom=bottom, color=color, label=what)
+        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+    memory.set(ylabel="MiB of tensors")
+    for axes in (tokens, seconds, memory):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    settings = results[0]["settings"]
+    figure.suptitle(
+        f"byte-level LLaMA {settings['config']}, {settings['dtype']} · {environment['machine']}, "
+        f"{settings['threads']} threads · torch {environment['torch']} · slkernels {environment['commit']}",
+        fontsize=9,
+    )
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return True
