@@ -14,6 +14,7 @@ except ImportError as error:
         "If it was installed as a wheel, the wheel must match this Python, and torch must be >= 2.10."
     ) from error
 
+from .optim.ops import adam_q_, dequantize_block, quantize_block
 from .sparse import check_support, sddmm, spmm, spmm_t
 
 __version__: str = _C.build_info()["version"]
@@ -25,4 +26,13 @@ def build_info() -> dict[str, object]:
     return _C.build_info()
 
 
-__all__ = ["build_info", "check_support", "sddmm", "spmm", "spmm_t"]
+__all__ = [
+    "adam_q_",
+    "build_info",
+    "check_support",
+    "dequantize_block",
+    "quantize_block",
+    "sddmm",
+    "spmm",
+    "spmm_t",
+]

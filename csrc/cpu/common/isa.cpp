@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "slkernels/optim.h"
 #include "slkernels/sparse.h"
 
 namespace slk::cpu {
@@ -109,5 +110,6 @@ std::vector<std::string> compiled_isas() {
   }
 
 SLK_TABLE(SparseKernels, sparse_table, sparse_kernels)
+SLK_TABLE(OptimKernels, optim_table, optim_kernels)
 
 }  // namespace slk::cpu
