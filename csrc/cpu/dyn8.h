@@ -88,13 +88,13 @@ SLK_INLINE V decode(VI code) {
 // decided exactly instead. Decades are told apart by one comparison, since a pair of binades holds at most one of
 // their borders; a border is biased upwards by 4 units, because below it the FMA also sees a midpoint there.
 
-constexpr int32_t kFixedOne = 0x8700;  // bits of 256.0f >> 15; its low byte is zero
+constexpr int32_t kFixedZero = 0x43800000;  // 256.0f
 
 struct EncodeTable {
   alignas(64) float border[16];             // by pair of binades (bits >> 24): the decade border in it, or infinity
   alignas(64) int32_t decade[16];           // and the decade below that border
   alignas(64) float slope[16], offset[16];  // by decade: 0 holds only zero, 1..7 the map's, 8 the neighbourhood of 1
-  alignas(64) int32_t last[16];             // the decade's last index, as kFixedOne + index
+  alignas(64) int32_t last[16];             // the decade's last index
 };
 template <bool kSigned>
 constexpr EncodeTable encode_table() {
@@ -122,19 +122,19 @@ constexpr EncodeTable encode_table() {
   }
   table.slope[0] = float(0.5 / border[0]);
   table.offset[0] = 256.5f;
-  table.last[0] = kFixedOne;
+  table.last[0] = 0;
   for (int d = 1; d <= 7; ++d) {
     const int e = d - 1 + first;
     const double width = double(1 << e) / 0.9;
     table.slope[d] = float(width / kPower[d - 1]);
     table.offset[d] = float(256 - zero + (1 << e) - 0.1 * width);
-    table.last[d] = kFixedOne + (2 << e) - 1 - zero;
+    table.last[d] = (2 << e) - 1 - zero;
   }
   constexpr int t_one = kSigned ? 128 : 256;
   const double midpoint = (double(value<kSigned>(t_one - 1)) + 1) / 2, slope = 0.5 / (midpoint - top);
   table.slope[8] = float(slope);
   table.offset[8] = float(256 + t_one - zero - slope * midpoint);
-  table.last[8] = kFixedOne + t_one - zero;
+  table.last[8] = t_one - zero;
   return table;
 }
 template <bool kSigned>
@@ -152,34 +152,27 @@ inline int nearest(float x, float scale, int t) {
   return kSigned ? (y < 0 ? 127 - t : 127 + t) : t - 1;
 }
 
+// The same, starting from a code.
 template <bool kSigned>
-__attribute__((noinline)) VI decide_exactly(V x, float scale, VI code, VI doubtful) {
-  for (int i = 0; i < kLanes; ++i) {
-    if (!doubtful[i]) continue;
-    const int low = code[i] & 255, t = kSigned ? (low < 127 ? 127 - low : low - 127) : low + 1;
-    code[i] = nearest<kSigned>(x[i], scale, t);
-  }
-  return code;
+inline uint8_t nearest_code(float x, float scale, uint8_t code) {
+  const int t = kSigned ? (code < 127 ? 127 - code : code - 127) : code + 1;
+  return uint8_t(nearest<kSigned>(x, scale, t));
 }
 
-// Codes (in the low byte) of kLanes finite values; |x| <= scale and reciprocal = 1 / scale, both normal numbers.
+// Codes of kLanes finite values; |x| <= scale and reciprocal = 1 / scale, both normal numbers. The lanes of `doubtful`
+// (a bit each) may be off by one: nearest_code() decides them.
 template <bool kSigned>
-SLK_INLINE VI encode(V x, float scale, float reciprocal) {
+SLK_INLINE VI encode(V x, V reciprocal, uint16_t& doubtful) {
   constexpr const EncodeTable& table = kEncode<kSigned>;
-  V y = x * broadcast(reciprocal);
-  if (kSigned) y = max(y, broadcast(-0.99f));  // there is no -1: keep negatives out of decade 8's upper half
-  const V a = max(abs(y), broadcast(0x1p-24f));
+  const V a = max_abs(x * reciprocal, broadcast(0x1p-24f));
   const VI pair = (VI)((VU)a >> 24);
-  const VI decade = lookup(table.decade, pair) - (VI)(a >= lookup(table.border, pair));
-  const VI fixed = (VI)fma(a, lookup(table.slope, decade), lookup(table.offset, decade));
-  const VI doubtful = ((fixed + 4) & 0x7ff8) == 0;
-  VI code = min(fixed >> 15, lookup(table.last, decade));
-  if (kSigned) {
-    const VI sign = (VI)x >> 31;
-    code = ((code ^ sign) - sign) + 127;
-  }
-  if (__builtin_expect(any(doubtful), 0)) code = decide_exactly<kSigned>(x, scale, code, doubtful);
-  return code;
+  const VI decade = count_ge(lookup(table.decade, pair), a, lookup(table.border, pair));
+  const VI fixed = (VI)fma(a, lookup(table.slope, decade), lookup(table.offset, decade)) - (kFixedZero - 4);
+  doubtful = lanes_without(fixed, 0x7ff8);  // within 4 units of a midpoint
+  const VI index = min(fixed >> 15, lookup(table.last, decade));
+  if (!kSigned) return index;
+  const VI code = by_sign(x, 127 - index, 127 + index);
+  return max(code, VI{});  // there is no -1
 }
 
 }  // namespace slk::cpu::SLK_ISA::dyn8

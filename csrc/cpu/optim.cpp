@@ -26,7 +26,7 @@ void with_float_type(DType dtype, F f) {
 template <class T>
 using Element = std::remove_pointer_t<T>;
 
-constexpr int32_t kInfinityBits = 0x7f800000;
+constexpr uint32_t kInfinityBits = 0x7f800000;
 // Outside these, scale or its reciprocal may be subnormal.
 constexpr float kSmallScale = 0x1p-100f, kLargeScale = 0x1p100f;
 
@@ -80,13 +80,13 @@ SLK_INLINE void store_codes(uint8_t* p, VI codes, int count) {
 // Encodes n values, a multiple of kLanes of which is readable at x. max_bits = the largest |x| as bits: comparing bits
 // puts NaN above infinity, where comparing floats would lose it.
 template <bool kSigned>
-SLK_INLINE void encode_block(float* x, int n, int32_t max_bits, uint8_t* codes, float* scale) {
+SLK_INLINE void encode_block(float* x, int n, uint32_t max_bits, uint8_t* codes, float* scale) {
   if (max_bits == 0 || max_bits >= kInfinityBits) {  // scale 0 decodes to zeros, scale NaN to NaN
     *scale = max_bits == 0 ? 0.0f : __builtin_nanf("");
     std::memset(codes, kSigned ? 127 : 0, n);
     return;
   }
-  float largest = from_bits(uint32_t(max_bits));
+  float largest = from_bits(max_bits);
   *scale = largest;
   if (largest < kSmallScale || largest > kLargeScale) {
     // By a power of two: x / scale stays what it was (or, where x turns subnormal, far below the smallest code).
@@ -94,10 +94,17 @@ SLK_INLINE void encode_block(float* x, int n, int32_t max_bits, uint8_t* codes, 
     largest *= power;
     for (int i = 0; i < n; i += kLanes) store(x + i, load(x + i) * broadcast(power));
   }
-  const float reciprocal = 1.0f / largest;
+  const V reciprocal = broadcast(1.0f / largest);
+  uint16_t doubtful[kMaxQuantBlock / kLanes];
   for_vectors(n, [&](int i, auto count) {
-    store_codes(codes + i, dyn8::encode<kSigned>(load(x + i), largest, reciprocal), count);
+    store_codes(codes + i, dyn8::encode<kSigned>(load(x + i), reciprocal, doubtful[i / kLanes]), count);
   });
+  // About one element in 4000: decided apart, so that the loop above has no branch.
+  for (int i = 0; i < n; i += kLanes)
+    for (uint32_t lanes = doubtful[i / kLanes]; lanes; lanes &= lanes - 1) {
+      const int k = i + __builtin_ctz(lanes);
+      if (k < n) codes[k] = dyn8::nearest_code<kSigned>(x[k], largest, codes[k]);
+    }
 }
 
 template <bool kSigned, class T>
@@ -106,12 +113,12 @@ void quantize_t(const T* x, int64_t n, int64_t block, Range blocks, uint8_t* cod
   for (int64_t b = blocks.begin; b < blocks.end; ++b) {
     const int64_t start = b * block;
     const int size = int(n - start < block ? n - start : block);
-    VI largest = {};
+    VU largest = {};
     for_vectors(size, [&](int i, auto count) {
       V v = load_some(x + start + i, count);
       if (!kSigned) v = v < zero() ? zero() : v;
       store(buffer + i, v);
-      largest = max(largest, (VI)abs(v));
+      largest = max(largest, (VU)abs(v));
     });
     encode_block<kSigned>(buffer, size, max_lane(largest), codes + start, scale + b);
   }
@@ -170,10 +177,10 @@ struct Scalars {
         inv_grad_scale(broadcast(s.inv_grad_scale)) {}
 };
 
-template <bool kL2>
+// kScaled: there is a gradient scale or an L2 term.
+template <bool kScaled>
 SLK_INLINE V adam_vector(const Scalars& s, V p, V g, V& m, V& v) {
-  g *= s.inv_grad_scale;
-  if (kL2) g = fma(s.l2, p, g);
+  if (kScaled) g = fma(s.l2, p, g * s.inv_grad_scale);
   const V m_new = fma(s.beta1, m, s.one_minus_beta1 * g);
   const V v_new = fma(s.beta2, v, s.one_minus_beta2 * g * g);
   const V direction = m_new / fma(sqrt(v_new), s.inv_sqrt_bias2, s.eps);
@@ -183,7 +190,7 @@ SLK_INLINE V adam_vector(const Scalars& s, V p, V g, V& m, V& v) {
   return fma(s.minus_step_size, direction, p * s.decay);
 }
 
-template <bool kL2, class T>
+template <bool kScaled, class T>
 void adam_quantized(const AdamTensor& t, const AdamStep& step, int64_t block, Range blocks) {
   alignas(64) float m_block[kMaxQuantBlock], v_block[kMaxQuantBlock];
   const Scalars s(step);
@@ -195,22 +202,22 @@ void adam_quantized(const AdamTensor& t, const AdamStep& step, int64_t block, Ra
     uint8_t* m_codes = static_cast<uint8_t*>(t.m) + start;
     uint8_t* v_codes = static_cast<uint8_t*>(t.v) + start;
     const V m_scale = broadcast(t.m_scale[b]), v_scale = broadcast(t.v_scale[b]);
-    VI m_max = {}, v_max = {};
+    VU m_max = {}, v_max = {};
     for_vectors(size, [&](int i, auto count) {
       V m = dyn8::decode<true>(load_codes<true>(m_codes + i, count)) * m_scale;
       V v = dyn8::decode<false>(load_codes<false>(v_codes + i, count)) * v_scale;
-      store_some(p + i, adam_vector<kL2>(s, load_some(p + i, count), load_some(g + i, count), m, v), count);
+      store_some(p + i, adam_vector<kScaled>(s, load_some(p + i, count), load_some(g + i, count), m, v), count);
       store(m_block + i, m);
       store(v_block + i, v);
-      m_max = max(m_max, (VI)abs(m));
-      v_max = max(v_max, (VI)abs(v));
+      m_max = max(m_max, (VU)abs(m));
+      v_max = max(v_max, (VU)v);  // v >= 0, and a NaN of either sign exceeds infinity
     });
     encode_block<true>(m_block, size, max_lane(m_max), m_codes, t.m_scale + b);
     encode_block<false>(v_block, size, max_lane(v_max), v_codes, t.v_scale + b);
   }
 }
 
-template <bool kL2, class T>
+template <bool kScaled, class T>
 void adam_f32(const AdamTensor& t, const AdamStep& step, int64_t block, Range blocks) {
   const Scalars s(step);
   for (int64_t b = blocks.begin; b < blocks.end; ++b) {
@@ -222,7 +229,7 @@ void adam_f32(const AdamTensor& t, const AdamStep& step, int64_t block, Range bl
     float* vs = static_cast<float*>(t.v) + start;
     for_vectors(size, [&](int i, auto count) {
       V m = load_some(ms + i, count), v = load_some(vs + i, count);
-      store_some(p + i, adam_vector<kL2>(s, load_some(p + i, count), load_some(g + i, count), m, v), count);
+      store_some(p + i, adam_vector<kScaled>(s, load_some(p + i, count), load_some(g + i, count), m, v), count);
       store_some(ms + i, m, count);
       store_some(vs + i, v, count);
     });
@@ -232,10 +239,10 @@ void adam_f32(const AdamTensor& t, const AdamStep& step, int64_t block, Range bl
 void adam(const AdamTensor& t, const AdamStep& step, int64_t block, Range blocks) {
   with_float_type(t.dtype, [&](auto* type) {
     using T = Element<decltype(type)>;
-    if (t.m_scale)
-      step.l2 != 0 ? adam_quantized<true, T>(t, step, block, blocks) : adam_quantized<false, T>(t, step, block, blocks);
-    else
-      step.l2 != 0 ? adam_f32<true, T>(t, step, block, blocks) : adam_f32<false, T>(t, step, block, blocks);
+    const bool scaled = step.l2 != 0 || step.inv_grad_scale != 1;
+    const auto run = t.m_scale ? (scaled ? adam_quantized<true, T> : adam_quantized<false, T>)
+                               : (scaled ? adam_f32<true, T> : adam_f32<false, T>);
+    run(t, step, block, blocks);
   });
 }
 

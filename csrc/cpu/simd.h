@@ -312,8 +312,14 @@ SLK_INLINE V sqrt(V a) {
 SLK_INLINE V abs(V a) {
   return (V)((VI)a & 0x7fffffff);
 }
-SLK_INLINE V max(V a, V b) {  // b where either is NaN, as the instruction does
+SLK_INLINE V max(V a, V b) {  // b where either is NaN
+#if defined(__AVX512F__)
+  return (V)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (V)_mm256_max_ps((__m256)a, (__m256)b);
+#else
   return a > b ? a : b;
+#endif
 }
 SLK_INLINE VI max(VI a, VI b) {
   return a > b ? a : b;
@@ -321,28 +327,57 @@ SLK_INLINE VI max(VI a, VI b) {
 SLK_INLINE VI min(VI a, VI b) {
   return a < b ? a : b;
 }
-SLK_INLINE VI broadcast_int(int32_t x) {
-  return VI{} + x;
+SLK_INLINE VU max(VU a, VU b) {
+  return a > b ? a : b;
+}
+SLK_INLINE uint32_t max_lane(VU a) {
+  uint32_t lanes[kLanes];
+  std::memcpy(lanes, &a, sizeof lanes);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+  return lanes[0];
 }
 SLK_INLINE V to_float(VI a) {
   return __builtin_convertvector(a, V);
 }
-SLK_INLINE int32_t max_lane(VI a) {
-  int32_t lanes[kLanes], best;
-  std::memcpy(lanes, &a, sizeof lanes);
-  best = lanes[0];
-  for (int i = 1; i < kLanes; ++i) best = lanes[i] > best ? lanes[i] : best;
-  return best;
-}
-SLK_INLINE bool any(VI mask) {  // of lanes that are all ones or all zeros
-#if defined(__AVX512F__)
-  return _mm512_movepi32_mask((__m512i)mask) != 0;
-#elif defined(__AVX2__)
-  return _mm256_movemask_ps((__m256)mask) != 0;
+
+// max(|a|, floor) for floor > 0.
+SLK_INLINE V max_abs(V a, V floor) {
+#if defined(__AVX512DQ__)
+  return (V)_mm512_range_ps((__m512)a, (__m512)floor, 0b1011);  // the larger magnitude, without its sign
 #else
-  int32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= mask[i];
-  return bits != 0;
+  return max(abs(a), floor);
+#endif
+}
+// n + (a >= b ? 1 : 0)
+SLK_INLINE VI count_ge(VI n, V a, V b) {
+#if defined(__AVX512F__)
+  const __mmask16 ge = _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ);
+  return (VI)_mm512_mask_sub_epi32((__m512i)n, ge, (__m512i)n, _mm512_set1_epi32(-1));
+#else
+  return n - (VI)(a >= b);
+#endif
+}
+// negative where x has its sign bit, else positive.
+SLK_INLINE VI by_sign(V x, VI negative, VI positive) {
+#if defined(__AVX512F__)
+  return (VI)_mm512_mask_mov_epi32((__m512i)positive, _mm512_movepi32_mask((__m512i)x), (__m512i)negative);
+#elif defined(__AVX2__)
+  return (VI)_mm256_blendv_ps((__m256)positive, (__m256)negative, (__m256)x);
+#else
+  return ((VI)x < 0) ? negative : positive;
+#endif
+}
+// Bit i: lane i of a has none of `bits`.
+SLK_INLINE uint16_t lanes_without(VI a, int32_t bits) {
+#if defined(__AVX512F__)
+  return _mm512_testn_epi32_mask((__m512i)a, _mm512_set1_epi32(bits));
+#elif defined(__AVX2__)
+  return uint16_t(_mm256_movemask_ps((__m256)((a & bits) == 0)));
+#else
+  uint16_t lanes = 0;
+  for (int i = 0; i < kLanes; ++i) lanes |= uint16_t(((a[i] & bits) == 0) << i);
+  return lanes;
 #endif
 }
 
