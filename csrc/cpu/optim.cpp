@@ -77,6 +77,15 @@ SLK_INLINE void store_codes(uint8_t* p, VI codes, int count) {
 // ---- codec
 // ----------------------------------------------------------------------------------------------------------------
 
+// Decides the doubtful lanes of four vectors from vector `first` on: 16 bits of `lanes` for each.
+template <bool kSigned>
+__attribute__((noinline)) void decide(const float* x, int n, float scale, int first, uint64_t lanes, uint8_t* codes) {
+  for (; lanes; lanes &= lanes - 1) {
+    const int bit = __builtin_ctzll(lanes), i = (first + bit / 16) * kLanes + bit % 16;
+    if (i < n) codes[i] = dyn8::nearest_code<kSigned>(x[i], scale, codes[i]);
+  }
+}
+
 // Encodes n values, a multiple of kLanes of which is readable at x. max_bits = the largest |x| as bits: comparing bits
 // puts NaN above infinity, where comparing floats would lose it.
 template <bool kSigned>
@@ -95,16 +104,18 @@ SLK_INLINE void encode_block(float* x, int n, uint32_t max_bits, uint8_t* codes,
     for (int i = 0; i < n; i += kLanes) store(x + i, load(x + i) * broadcast(power));
   }
   const V reciprocal = broadcast(1.0f / largest);
-  uint16_t doubtful[kMaxQuantBlock / kLanes];
+  alignas(8) uint16_t doubtful[kMaxQuantBlock / kLanes + 3];
   for_vectors(n, [&](int i, auto count) {
     store_codes(codes + i, dyn8::encode<kSigned>(load(x + i), reciprocal, doubtful[i / kLanes]), count);
   });
-  // About one element in 4000: decided apart, so that the loop above has no branch.
-  for (int i = 0; i < n; i += kLanes)
-    for (uint32_t lanes = doubtful[i / kLanes]; lanes; lanes &= lanes - 1) {
-      const int k = i + __builtin_ctz(lanes);
-      if (k < n) codes[k] = dyn8::nearest_code<kSigned>(x[k], largest, codes[k]);
-    }
+  // About one element in 4000 is decided apart, so that the loop above has no branch.
+  const int vectors = (n + kLanes - 1) / kLanes;
+  std::memset(doubtful + vectors, 0, 3 * sizeof *doubtful);
+  for (int first = 0; first < vectors; first += 4) {
+    uint64_t four;
+    std::memcpy(&four, doubtful + first, sizeof four);
+    if (__builtin_expect(four != 0, 0)) decide<kSigned>(x, n, largest, first, four, codes);
+  }
 }
 
 template <bool kSigned, class T>

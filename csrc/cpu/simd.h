@@ -331,11 +331,17 @@ SLK_INLINE VU max(VU a, VU b) {
   return a > b ? a : b;
 }
 SLK_INLINE uint32_t max_lane(VU a) {
-  uint32_t lanes[kLanes];
-  std::memcpy(lanes, &a, sizeof lanes);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-  return lanes[0];
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epu32((__m512i)a);
+#elif defined(__AVX2__)
+  __m128i x = _mm_max_epu32(_mm256_castsi256_si128((__m256i)a), _mm256_extracti128_si256((__m256i)a, 1));
+  x = _mm_max_epu32(x, _mm_shuffle_epi32(x, 0x4e));
+  return uint32_t(_mm_cvtsi128_si32(_mm_max_epu32(x, _mm_shuffle_epi32(x, 0xb1))));
+#else
+  uint32_t best = a[0];
+  for (int i = 1; i < kLanes; ++i) best = best > a[i] ? best : a[i];
+  return best;
+#endif
 }
 SLK_INLINE V to_float(VI a) {
   return __builtin_convertvector(a, V);
