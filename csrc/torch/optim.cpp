@@ -85,8 +85,8 @@ Tensor dequantize_block(const Tensor& codes, const Tensor& scale, std::string co
 constexpr const char* kAdam = "adam_q_";
 
 float scalar_of(const char* name, const Tensor& t) {
-  check(t.numel() == 1 && t.scalar_type() == ScalarType::Float, kAdam, name,
-        " must be a float32 tensor with one element, got ", show(t.scalar_type()), " ", show(t));
+  if (t.numel() != 1 || t.scalar_type() != ScalarType::Float)
+    check(false, kAdam, name, " must be a float32 tensor with one element, got ", show(t.scalar_type()), " ", show(t));
   return *t.const_data_ptr<float>();
 }
 
@@ -94,20 +94,23 @@ void check_length(const char* name, const Tensors& list, size_t count) {
   check(list.size() == count, kAdam, name, " must have as many tensors as params, ", count, ", got ", list.size());
 }
 
-std::string item(const char* list, size_t i) {
-  return std::string(list) + "[" + std::to_string(i) + "]";
+// Throws adam_q_'s error. The callers test first: with hundreds of tensors, building unused messages costs more than
+// the step.
+template <class... Parts>
+void fail(const char* list, size_t i, const Parts&... parts) {
+  check(false, kAdam, list, "[", i, "]", parts...);
 }
 
-void check_state(const char* name, size_t i, const Tensor& state, const Tensor& scale, int64_t n, int64_t blocks,
-                 bool quantized) {
+void check_state(const char* name, const char* scale_name, size_t i, const Tensor& state, const Tensor& scale,
+                 int64_t n, int64_t blocks, bool quantized) {
   const ScalarType type = quantized ? ScalarType::Byte : ScalarType::Float;
-  check(state.scalar_type() == type && state.numel() == n && state.is_contiguous(), kAdam, item(name, i),
-        " must be contiguous ", show(type), " with ", n, " elements, got ", show(state.scalar_type()), " ",
-        show(state));
+  if (state.scalar_type() != type || state.numel() != n || !state.is_contiguous())
+    fail(name, i, " must be contiguous ", show(type), " with ", n, " elements, got ", show(state.scalar_type()), " ",
+         show(state));
   const int64_t scales = quantized ? blocks : 0;
-  check(scale.scalar_type() == ScalarType::Float && scale.numel() == scales && scale.is_contiguous(), kAdam,
-        item((std::string(name) + "_scale").c_str(), i), " must be contiguous float32 with ", scales, " elements, got ",
-        show(scale.scalar_type()), " ", show(scale));
+  if (scale.scalar_type() != ScalarType::Float || scale.numel() != scales || !scale.is_contiguous())
+    fail(scale_name, i, " must be contiguous float32 with ", scales, " elements, got ", show(scale.scalar_type()), " ",
+         show(scale));
 }
 
 // Views of tensor i. `copies` keeps a contiguous copy of the gradient alive where it has to be made.
@@ -115,18 +118,19 @@ cpu::AdamTensor adam_tensor(size_t i, const Tensor& p, const Tensor& g, const Te
                             const Tensor& v, const Tensor& v_scale, int64_t block, Tensors& copies) {
   const int64_t n = p.numel();
   const ScalarType type = p.scalar_type();
-  check(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, kAdam, item("params", i),
-        " must be float32, bfloat16 or float16, got ", show(type));
-  check(p.is_contiguous(), kAdam, item("params", i), " must be contiguous");
-  check(g.scalar_type() == type, kAdam, item("grads", i), " must have its parameter's dtype ", show(type), ", got ",
-        show(g.scalar_type()));
-  check(g.numel() == n, kAdam, item("grads", i), " must have its parameter's shape ", show(p), ", got ", show(g));
+  if (type != ScalarType::Float && type != ScalarType::BFloat16 && type != ScalarType::Half)
+    fail("params", i, " must be float32, bfloat16 or float16, got ", show(type));
+  if (!p.is_contiguous()) fail("params", i, " must be contiguous");
+  if (g.scalar_type() != type)
+    fail("grads", i, " must have its parameter's dtype ", show(type), ", got ", show(g.scalar_type()));
+  if (g.numel() != n || shape_of(g) != shape_of(p))
+    fail("grads", i, " must have its parameter's shape ", show(p), ", got ", show(g));
   const bool quantized = m.scalar_type() == ScalarType::Byte;
+  if (!quantized && m.scalar_type() != ScalarType::Float)
+    fail("m", i, " must be uint8 (quantized) or float32, got ", show(m.scalar_type()));
   const int64_t blocks = ceil_div(n, block);
-  check(quantized || m.scalar_type() == ScalarType::Float, kAdam, item("m", i),
-        " must be uint8 (quantized) or float32, got ", show(m.scalar_type()));
-  check_state("m", i, m, m_scale, n, blocks, quantized);
-  check_state("v", i, v, v_scale, n, blocks, quantized);
+  check_state("m", "m_scale", i, m, m_scale, n, blocks, quantized);
+  check_state("v", "v_scale", i, v, v_scale, n, blocks, quantized);
   const void* grad = g.const_data_ptr();
   if (!g.is_contiguous()) {
     copies.push_back(torch::stable::contiguous(g));
