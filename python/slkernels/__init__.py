@@ -14,7 +14,7 @@ except ImportError as error:
         "If it was installed as a wheel, the wheel must match this Python, and torch must be >= 2.10."
     ) from error
 
-from .optim.ops import adam_q_, dequantize_block, quantize_block
+from .optim import adam_q_, dequantize_block, quantize_block
 from .sparse import check_support, sddmm, spmm, spmm_t
 
 __version__: str = _C.build_info()["version"]
