@@ -282,4 +282,161 @@ SLK_INLINE V sum_rows(V (&r)[kLanes]) {
   return r[0];
 }
 
+// ---- elementwise words of the optimizer kernels
+// -----------------------------------------------------------------------------------------------------------------
+
+// a * b + c rounded once on every ISA: for arithmetic that must give the same bits everywhere. (Without FMA hardware
+// the double sum is rounded to float a second time, which changes a result about once in 2^29.)
+SLK_INLINE V fma(V a, V b, V c) {
+#if defined(__AVX512F__)
+  return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  V r;
+  for (int i = 0; i < kLanes; ++i) r[i] = float(double(a[i]) * b[i] + c[i]);
+  return r;
+#endif
+}
+SLK_INLINE V sqrt(V a) {
+#if defined(__AVX512F__)
+  return (V)_mm512_sqrt_ps((__m512)a);
+#elif defined(__AVX2__)
+  return (V)_mm256_sqrt_ps((__m256)a);
+#else
+  V r;
+  for (int i = 0; i < kLanes; ++i) r[i] = __builtin_sqrtf(a[i]);
+  return r;
+#endif
+}
+SLK_INLINE V abs(V a) {
+  return (V)((VI)a & 0x7fffffff);
+}
+SLK_INLINE V max(V a, V b) {  // b where either is NaN
+#if defined(__AVX512F__)
+  return (V)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (V)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+SLK_INLINE VI max(VI a, VI b) {
+  return a > b ? a : b;
+}
+SLK_INLINE VI min(VI a, VI b) {
+  return a < b ? a : b;
+}
+SLK_INLINE VU max(VU a, VU b) {
+  return a > b ? a : b;
+}
+SLK_INLINE uint32_t max_lane(VU a) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epu32((__m512i)a);
+#elif defined(__AVX2__)
+  __m128i x = _mm_max_epu32(_mm256_castsi256_si128((__m256i)a), _mm256_extracti128_si256((__m256i)a, 1));
+  x = _mm_max_epu32(x, _mm_shuffle_epi32(x, 0x4e));
+  return uint32_t(_mm_cvtsi128_si32(_mm_max_epu32(x, _mm_shuffle_epi32(x, 0xb1))));
+#else
+  uint32_t best = a[0];
+  for (int i = 1; i < kLanes; ++i) best = best > a[i] ? best : a[i];
+  return best;
+#endif
+}
+SLK_INLINE V to_float(VI a) {
+  return __builtin_convertvector(a, V);
+}
+
+// max(|a|, floor) for floor > 0.
+SLK_INLINE V max_abs(V a, V floor) {
+#if defined(__AVX512DQ__)
+  return (V)_mm512_range_ps((__m512)a, (__m512)floor, 0b1011);  // the larger magnitude, without its sign
+#else
+  return max(abs(a), floor);
+#endif
+}
+// n + (a >= b ? 1 : 0)
+SLK_INLINE VI count_ge(VI n, V a, V b) {
+#if defined(__AVX512F__)
+  const __mmask16 ge = _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ);
+  return (VI)_mm512_mask_sub_epi32((__m512i)n, ge, (__m512i)n, _mm512_set1_epi32(-1));
+#else
+  return n - (VI)(a >= b);
+#endif
+}
+// negative where x has its sign bit, else positive.
+SLK_INLINE VI by_sign(V x, VI negative, VI positive) {
+#if defined(__AVX512F__)
+  return (VI)_mm512_mask_mov_epi32((__m512i)positive, _mm512_movepi32_mask((__m512i)x), (__m512i)negative);
+#elif defined(__AVX2__)
+  return (VI)_mm256_blendv_ps((__m256)positive, (__m256)negative, (__m256)x);
+#else
+  return ((VI)x < 0) ? negative : positive;
+#endif
+}
+// Bit i: lane i of a has none of `bits`.
+SLK_INLINE uint16_t lanes_without(VI a, int32_t bits) {
+#if defined(__AVX512F__)
+  return _mm512_testn_epi32_mask((__m512i)a, _mm512_set1_epi32(bits));
+#elif defined(__AVX2__)
+  return uint16_t(_mm256_movemask_ps((__m256)((a & bits) == 0)));
+#else
+  uint16_t lanes = 0;
+  for (int i = 0; i < kLanes; ++i) lanes |= uint16_t(((a[i] & bits) == 0) << i);
+  return lanes;
+#endif
+}
+
+// table[index & 15] in every lane, from a 64-byte aligned table.
+SLK_INLINE V lookup(const float (&table)[16], VI index) {
+#if defined(__AVX512F__)
+  return (V)_mm512_permutexvar_ps((__m512i)index, _mm512_load_ps(table));
+#elif defined(__AVX2__)
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(table), (__m256i)index);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(table + 8), (__m256i)index);
+  return (V)_mm256_blendv_ps(low, high, (__m256)_mm256_slli_epi32((__m256i)index, 28));
+#else
+  V v;
+  for (int i = 0; i < kLanes; ++i) v[i] = table[index[i] & 15];
+  return v;
+#endif
+}
+SLK_INLINE VI lookup(const int32_t (&table)[16], VI index) {
+#if defined(__AVX512F__)
+  return (VI)_mm512_permutexvar_epi32((__m512i)index, _mm512_load_si512(table));
+#elif defined(__AVX2__)
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps((const float*)table), (__m256i)index);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps((const float*)table + 8), (__m256i)index);
+  return (VI)_mm256_blendv_ps(low, high, (__m256)_mm256_slli_epi32((__m256i)index, 28));
+#else
+  VI v;
+  for (int i = 0; i < kLanes; ++i) v[i] = table[index[i] & 15];
+  return v;
+#endif
+}
+
+// kLanes bytes <-> integers; the store keeps the low byte of each lane.
+SLK_INLINE VI load_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (VI)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  return (VI)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  VI v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+SLK_INLINE void store_bytes(uint8_t* p, VI v) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
+#elif defined(__AVX2__)
+  const __m256i low = _mm256_and_si256((__m256i)v, _mm256_set1_epi32(0xff));
+  const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+  _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(half, half));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = uint8_t(v[i]);
+#endif
+}
+
 }  // namespace slk::cpu::SLK_ISA

@@ -14,8 +14,9 @@ except ImportError as error:
         "If it was installed as a wheel, the wheel must match this Python, and torch must be >= 2.10."
     ) from error
 
-from . import convert, nn
+from . import convert, nn, optim
 from .lowrank import lowrank_linear
+from .optim import adam_q_, dequantize_block, quantize_block
 from .sl import sl_linear
 from .sparse import (
     check_support,
@@ -40,13 +41,17 @@ def build_info() -> dict[str, object]:
 
 __all__ = [
     "Support",
+    "adam_q_",
     "build_info",
     "check_support",
     "compose",
     "convert",
+    "dequantize_block",
     "gather_support",
     "lowrank_linear",
     "nn",
+    "optim",
+    "quantize_block",
     "random_blocks8",
     "random_support",
     "sddmm",

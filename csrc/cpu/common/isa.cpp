@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "slkernels/lowrank.h"
+#include "slkernels/optim.h"
 #include "slkernels/sparse.h"
 
 namespace slk::cpu {
@@ -111,5 +112,6 @@ std::vector<std::string> compiled_isas() {
 
 SLK_TABLE(LowRankKernels, lowrank_table, lowrank_kernels)
 SLK_TABLE(SparseKernels, sparse_table, sparse_kernels)
+SLK_TABLE(OptimKernels, optim_table, optim_kernels)
 
 }  // namespace slk::cpu
