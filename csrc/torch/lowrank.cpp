@@ -145,7 +145,10 @@ Tensor lowrank_linear(const Tensor& x, const Tensor& A, const Tensor& B, double 
                       std::string activation, std::optional<Tensor> bias) {
   using torch::stable::detail::from;
   std::array<StableIValue, 7> stack{from(x), from(A), from(B), from(alpha), from(gate), from(activation), from(bias)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("slkernels::_lowrank_linear", "", stack.data(), TORCH_ABI_VERSION));
+  last_error().clear();
+  const auto error = torch_call_dispatcher("slkernels::_lowrank_linear", "", stack.data(), TORCH_ABI_VERSION);
+  if (error != TORCH_SUCCESS && !last_error().empty()) throw std::runtime_error(last_error());
+  TORCH_ERROR_CODE_CHECK(error);
   const Tensor y = torch::stable::detail::to<Tensor>(stack[0]);
   torch::stable::detail::to<Tensor>(stack[1]);  // releases z
   return y;

@@ -19,7 +19,7 @@ int panel_width(int64_t tokens, int64_t features) {
 }
 
 cpu::Matrix as_matrix(const Tensor& t) {
-  return {t.mutable_data_ptr(), t.size(0), t.size(1), std::max<int64_t>(t.stride(0), 1)};
+  return {t.mutable_data_ptr(), t.size(0), t.size(1), t.stride(0)};  // stride 0: one row, expanded
 }
 
 // Splits the rows of S into `parts` runs of about equal work (a row costs its nonzeros and its store).
@@ -180,6 +180,7 @@ Tensor sddmm_cpu(const Csr& s, const Tensor& dy, const Tensor& x) {
   const cpu::Matrix xm = as_matrix(x), dym = as_matrix(dy);
   const int64_t tokens = xm.rows, threads = torch::stable::get_num_threads();
   Tensor out = empty_like_shape(x, {s.nnz});
+  if (s.nnz == 0) return out;
   const std::vector<int64_t> bounds = split_rows(s, threads);
   const int64_t parts = threads;
   if (dtype == DType::f64) {

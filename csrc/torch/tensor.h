@@ -61,6 +61,13 @@ inline const char* show(ScalarType type) {
   }
 }
 
+// What `check` said last on this thread. The C interface between an op and the ops that it calls carries an error code
+// only; a composite op raises its inner op's message from here.
+inline std::string& last_error() {
+  thread_local std::string text;
+  return text;
+}
+
 // Throws "slkernels::<op>: <parts...>" as a RuntimeError unless `ok`.
 template <class... Parts>
 void check(bool ok, const char* op, const Parts&... parts) {
@@ -68,6 +75,7 @@ void check(bool ok, const char* op, const Parts&... parts) {
   std::ostringstream out;
   out << "slkernels::" << op << ": ";
   (out << ... << parts);
+  last_error() = out.str();
   throw std::runtime_error(out.str());
 }
 

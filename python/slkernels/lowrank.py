@@ -43,7 +43,7 @@ def _backward(ctx, dy, _dz):
     if any(need):
         found = _ops._lowrank_linear_backward(dy, x, A, B, z, ctx.alpha, gate, ctx.activation, *need)
         grads = [g if wanted else None for g, wanted in zip(found, need, strict=True)]
-    dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if needs_grad(ctx, 6) else None
+    dbias = dy.sum_to_size(dy.shape[-1]) if needs_grad(ctx, 6) else None
     return grads[0], grads[1], grads[2], None, grads[3], None, dbias
 
 

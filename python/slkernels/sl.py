@@ -45,7 +45,7 @@ def _backward(ctx, dy):
         None,
         None,
         None,
-        dy.reshape(-1, dy.shape[-1]).sum(0) if needs_grad(ctx, 7) else None,
+        dy.sum_to_size(dy.shape[-1]) if needs_grad(ctx, 7) else None,
         None,
         None,
     )

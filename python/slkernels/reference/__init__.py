@@ -1,5 +1,29 @@
-"""The plain PyTorch definition of every op: the spec that tests compare with. Slow, and not exported at top level."""
+"""The plain PyTorch definition of every op: the specification that the tests hold the kernels to.
+
+The functions have the names and arguments of the ops, work in any floating dtype on any device, and are
+differentiable by autograd. They are written to be read, not to be fast: S is a dense matrix here.
+"""
 
 from . import optim
+from .lowrank import lowrank_linear
+from .random_support import permute, random_blocks8, random_support, round_keys
+from .sl import sl_linear
+from .sparse import check_support, compose, gather_support, sddmm, spmm, spmm_t, support_rows, to_dense
 
-__all__ = ["optim"]
+__all__ = [
+    "check_support",
+    "compose",
+    "gather_support",
+    "lowrank_linear",
+    "optim",
+    "permute",
+    "random_blocks8",
+    "random_support",
+    "round_keys",
+    "sddmm",
+    "sl_linear",
+    "spmm",
+    "spmm_t",
+    "support_rows",
+    "to_dense",
+]
