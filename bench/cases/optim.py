@@ -1,0 +1,210 @@
+"""Family optim: one step of 8-bit AdamW, and the block codec, against torch's fused AdamW, bitsandbytes and torchao."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+
+import slkernels
+import torch
+
+from ..case import OURS, Absent, Case, Provider, Target
+from ..data import generator, nbytes, uniform
+
+FUSED = "torch fused"
+BNB = "bitsandbytes"
+TORCHAO = "torchao"
+BUCKETIZE = "torch.bucketize"
+LOOKUP = "torch lookup"
+
+_HYPER = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+# Two steps in: relative error of the change of the parameters that 8-bit states may cause (bitsandbytes' own is 0.02).
+_ALLOWED_CHANGE = 0.05
+# How much further from x than the nearest code a code may lie, relative to the block's scale: a rounding, where two
+# codes are equally near. On a CPU bitsandbytes looks codes up in 65,536 bins over [-1, 1], and is off by up to a bin.
+_ALLOWED_EXCESS = 1e-6
+_ALLOWED_EXCESS_BNB = 1.5 * 2 / 65536
+
+
+def _ours(params):
+    from slkernels.optim import AdamW8bit
+
+    return AdamW8bit(params, **_HYPER)
+
+
+def _fused(params):
+    return torch.optim.AdamW(params, fused=True, **_HYPER)
+
+
+def _bitsandbytes(params):
+    return importlib.import_module("bitsandbytes").optim.AdamW8bit(params, **_HYPER)
+
+
+def _torchao(params):
+    return importlib.import_module("torchao.optim").AdamW8bit(params, **_HYPER)
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _adam_bytes(params: list[torch.Tensor], state_bytes: float) -> float:
+    """Parameters are read and written, gradients read, states read and written."""
+    return 3.0 * nbytes(*params) + 2.0 * state_bytes
+
+
+def step_problem(tensors: int, size: int, dtype: torch.dtype):
+    count = tensors * size
+
+    def make(device, seed):
+        gen = generator(device, seed)
+        start = [uniform(size, dtype=dtype, gen=gen, scale=0.02) for _ in range(tensors)]
+        grads = [uniform(size, dtype=dtype, gen=gen) for _ in range(tensors)]
+
+        @cache
+        def expected():
+            params = [torch.nn.Parameter(p.double()) for p in start]
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g.double()
+            optimizer = torch.optim.AdamW(params, **_HYPER)
+            for _ in range(2):
+                optimizer.step()
+            return [p.detach() for p in params]
+
+        def provider(build, state_bytes: float) -> Provider:
+            params = [torch.nn.Parameter(p.clone()) for p in start]
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g  # shared: nobody writes to it
+            optimizer = build(params)
+
+            def error(_) -> float:
+                optimizer.step()  # the first step, which ``run`` made, never reads a quantized state
+                change = [p.detach().double() - q.double() for p, q in zip(params, start, strict=True)]
+                want = [p - q.double() for p, q in zip(expected(), start, strict=True)]
+                off = sum(float((c - w).square().sum()) for c, w in zip(change, want, strict=True))
+                return (off / sum(float(w.square().sum()) for w in want)) ** 0.5 / _ALLOWED_CHANGE
+
+            return Provider(optimizer.step, error, 0.0, _adam_bytes(start, state_bytes))
+
+        eight_bit = 2 * count * (1 + 4 / 256)
+        providers = {
+            OURS: provider(_ours, eight_bit),
+            FUSED: provider(_fused, 2 * nbytes(*start)),
+        }
+        for name, build in ((BNB, _bitsandbytes), (TORCHAO, _torchao)):
+            providers[name] = provider(build, eight_bit) if _installed(name) else Absent("not installed")
+        return providers
+
+    return make
+
+
+def quantize_problem(count: int, dtype: torch.dtype):
+    block = 256
+
+    def make(device, seed):
+        gen = generator(device, seed)
+        x = torch.randn(count, device=device, generator=gen).to(dtype)
+        codes = torch.arange(256, dtype=torch.uint8, device=device)
+        table = slkernels.dequantize_block(codes, torch.ones(1, device=device))
+        middles = (table[1:] + table[:-1]) / 2
+
+        def bucketize():
+            rows = x.view(-1, block).float()
+            scale = rows.abs().amax(1)
+            return torch.bucketize(rows / scale[:, None], middles, out_int32=True).to(torch.uint8).view(-1), scale
+
+        reference = cache(bucketize)
+
+        def nearest_within(allowed: float):
+            def error(result) -> float:
+                codes, scale = result
+                nearest, want_scale = reference()
+                if not torch.equal(scale, want_scale):
+                    return float("inf")
+                y = x.view(-1, block).float() / scale[:, None]
+                distance, least = ((table[c.int()].view(-1, block) - y).abs() for c in (codes, nearest))
+                return float((distance - least).max()) / allowed
+
+            return error
+
+        error = nearest_within(_ALLOWED_EXCESS)
+        bytes = nbytes(x) + count * (1 + 4 / block)
+        providers = {
+            OURS: Provider(lambda: slkernels.quantize_block(x), error, 0.0, bytes),
+            BUCKETIZE: Provider(bucketize, error, 0.0, bytes),
+        }
+        if _installed(BNB):
+            functional = importlib.import_module("bitsandbytes").functional
+
+            def bnb():
+                codes, state = functional.quantize_blockwise(x, blocksize=block)
+                return codes, state.absmax
+
+            providers[BNB] = Provider(bnb, nearest_within(_ALLOWED_EXCESS_BNB), 0.0, bytes)
+        else:
+            providers[BNB] = Absent("not installed")
+        return providers
+
+    return make
+
+
+def dequantize_problem(count: int, dtype: torch.dtype):
+    block = 256
+
+    def make(device, seed):
+        gen = generator(device, seed)
+        codes = torch.randint(0, 256, (count,), device=device, generator=gen, dtype=torch.uint8)
+        scale = torch.rand(count // block, device=device, generator=gen)
+        table = slkernels.dequantize_block(
+            torch.arange(256, dtype=torch.uint8, device=device), torch.ones(1, device=device)
+        )
+
+        def lookup():
+            return (table[codes.int()].view(-1, block) * scale[:, None]).to(dtype).view(-1)
+
+        def error(result) -> float:
+            return 0.0 if torch.equal(result, lookup()) else float("inf")
+
+        bytes = count * (1 + 4 / block) + count * torch.empty((), dtype=dtype).element_size()
+        return {
+            OURS: Provider(lambda: slkernels.dequantize_block(codes, scale, dtype=dtype), error, 0.0, bytes),
+            LOOKUP: Provider(lookup, error, 0.0, bytes),
+        }
+
+    return make
+
+
+def cases() -> list[Case]:
+    """All cases of the family."""
+    one = 4096 * 4096
+    adam = (
+        (1, one, torch.bfloat16, (Target(BNB, 20.0), Target(FUSED, 1 / 1.4)), True),
+        (256, 8192, torch.bfloat16, (Target(FUSED, 1.0),), True),
+        (1, one, torch.float32, (), False),
+        (256, 8192, torch.float32, (), False),
+    )
+    found = []
+    for tensors, size, dtype, goals, quick in adam:
+        shape = f"{tensors} x {size}"
+        make = step_problem(tensors, size, dtype)
+        found.append(
+            Case(
+                "optim",
+                "AdamW8bit step",
+                shape,
+                dtype,
+                make,
+                baseline=FUSED,
+                targets=goals,
+                items=tensors * size,
+                item="parameter",
+                quick=quick,
+            )
+        )
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, make, baseline in (
+            ("quantize_block", quantize_problem(one, dtype), BUCKETIZE),
+            ("dequantize_block", dequantize_problem(one, dtype), LOOKUP),
+        ):
+            found.append(Case("optim", name, f"{one}", dtype, make, baseline=baseline, quick=dtype == torch.float32))
+    return found

@@ -1,0 +1,202 @@
+"""Family sl: the SLTrain layer y = x (alpha B A + S)^T, against nn.Linear and SLTrain's own formula."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import slkernels
+import torch
+import torch.nn.functional as F
+
+from ..case import DENSE, OURS, Case, Provider, Target, compare_with
+from ..data import Sparse, generator, nbytes, sparse, uniform
+
+SLTRAIN = "sltrain"
+_ALPHA = 0.5
+
+
+class SLTrainFunction(torch.autograd.Function):
+    """SLTrain's formula (arXiv 2406.02214; its repository's sparse_linear.cpp) in PyTorch: the dense W is made again in
+    the backward pass, and the gradients of A, B and the values are taken from a dense dW."""
+
+    @staticmethod
+    def weight(a, b, values, flat, alpha):
+        w = torch.mm(b, a) * alpha
+        w.view(-1).scatter_add_(0, flat, values)
+        return w
+
+    @staticmethod
+    def forward(ctx, x, a, b, values, flat, alpha):
+        ctx.save_for_backward(x, a, b, values, flat)
+        ctx.alpha = alpha
+        return F.linear(x, SLTrainFunction.weight(a, b, values, flat, alpha))
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, a, b, values, flat = ctx.saved_tensors
+        dx = dy @ SLTrainFunction.weight(a, b, values, flat, ctx.alpha)
+        dw = dy.t() @ x
+        da = (b.t() @ dw) * ctx.alpha
+        db = (dw @ a.t()) * ctx.alpha
+        return dx, da, db, dw.view(-1).gather(0, flat), None, None
+
+
+class _Layer:
+    """Buffers of one layer, and what float64 says that its outputs and gradients are."""
+
+    def __init__(self, device, seed, tokens, n, m, r, density, dtype, backward):
+        gen = generator(device, seed)
+        self.backward, self.dtype = backward, dtype
+        self.s: Sparse = sparse(n, m, density, dtype, gen)
+        self.a = uniform(r, m, dtype=dtype, gen=gen, scale=m**-0.5)
+        self.b = uniform(n, r, dtype=dtype, gen=gen, scale=r**-0.5)
+        self.x = uniform(tokens, m, dtype=dtype, gen=gen)
+        self.dy = uniform(tokens, n, dtype=dtype, gen=gen)
+        self.w = (_ALPHA * (self.b.float() @ self.a.float()) + self.s.dense(torch.float32)).to(dtype)
+        for tensor in (self.x, self.a, self.b, self.s.values, self.w):
+            tensor.requires_grad_(backward)
+        self.reference = cache(self._reference)
+
+    def step(self, y, *inputs):
+        """y, and with ``backward`` also the gradients of the inputs."""
+        return (y, *torch.autograd.grad(y, inputs, self.dy)) if self.backward else y
+
+    def parameters(self):
+        return self.x, self.a, self.b, self.s.values
+
+    def ours(self, path):
+        s = self.s
+        y = slkernels.sl_linear(self.x, self.a, self.b, s.values, s.crow, s.col, _ALPHA, path=path, validate=False)
+        return self.step(y, *self.parameters())
+
+    def sltrain(self):
+        return self.step(SLTrainFunction.apply(*self.parameters(), self.s.flat, _ALPHA), *self.parameters())
+
+    def dense(self):
+        return self.step(F.linear(self.x, self.w), self.x, self.w)
+
+    def _reference(self):
+        """In float64: y, and with ``backward`` the gradients of x, W, A, B and the values."""
+        x, a, b, dy = (t.detach().double() for t in (self.x, self.a, self.b, self.dy))
+        w = _ALPHA * (b @ a) + self.s.dense(torch.float64).detach()
+        if not self.backward:
+            return (F.linear(x, w),)
+        dw = dy.t() @ x
+        da, db = _ALPHA * (b.t() @ dw), _ALPHA * (dw @ a.t())
+        return F.linear(x, w), dy @ w, dw, da, db, dw.view(-1)[self.s.flat]
+
+    def error(self):
+        return compare_with(lambda: self.reference()[:2] + self.reference()[3:], self.dtype)
+
+    def dense_error(self):
+        return compare_with(lambda: self.reference()[:3], self.dtype)
+
+    def chain_work(self) -> tuple[float, float]:
+        """(flops, bytes) that the chain path needs: three passes over every factor for forward and backward, each
+        tensor read once a pass and each gradient written once."""
+        tokens, (n, r), m = self.x.shape[0], self.b.shape, self.x.shape[1]
+        flops = 2.0 * tokens * (r * (n + m) + self.s.nnz)
+        tensors = nbytes(self.x, self.a, self.b) + self.s.nbytes
+        return (3 * flops, 2 * tensors + 2 * nbytes(self.dy)) if self.backward else (flops, tensors + nbytes(self.dy))
+
+    def dense_work(self) -> tuple[float, float]:
+        flops, bytes = 2.0 * self.x.shape[0] * self.w.numel(), nbytes(self.x, self.w, self.dy)
+        return (3 * flops, 2 * bytes) if self.backward else (flops, bytes)
+
+    def sltrain_work(self) -> tuple[float, float]:
+        """W is made once a pass (B A), and its gradient gives two products with the factors."""
+        flops, bytes = self.dense_work()
+        factors = 2.0 * self.w.numel() * self.a.shape[0]
+        extra = nbytes(self.a, self.b, self.s.values, self.s.flat, self.w)
+        return (flops + 4 * factors, bytes + 2 * extra) if self.backward else (flops + factors, bytes + extra)
+
+
+def layer_problem(tokens, n, m, r, density, dtype, backward):
+    def make(device, seed):
+        layer = _Layer(device, seed, tokens, n, m, r, density, dtype, backward)
+        return {
+            OURS: Provider(lambda: layer.ours("auto"), layer.error(), *layer.chain_work()),
+            DENSE: Provider(layer.dense, layer.dense_error(), *layer.dense_work()),
+            SLTRAIN: Provider(layer.sltrain, layer.error(), *layer.sltrain_work()),
+        }
+
+    return make
+
+
+def paths_problem(tokens, n, m, r, density, dtype, backward):
+    """Both paths and auto's choice, which is read from the bits of its result: each path is deterministic, and the two
+    do not round alike."""
+
+    def make(device, seed):
+        layer = _Layer(device, seed, tokens, n, m, r, density, dtype, backward)
+
+        def picked(result) -> str:
+            def same(path):
+                y, ours = (t if isinstance(t, tuple) else (t,) for t in (layer.ours(path), result))
+                return all(torch.equal(p, q) for p, q in zip(y, ours, strict=True))
+
+            matches = [path for path in ("chain", "compose") if same(path)]
+            return matches[0] if len(matches) == 1 else "undecided"
+
+        work = layer.chain_work()
+        return {
+            OURS: Provider(lambda: layer.ours("auto"), layer.error(), *work, note=picked),
+            "chain": Provider(lambda: layer.ours("chain"), layer.error(), *work),
+            "compose": Provider(lambda: layer.ours("compose"), layer.error(), *work),
+            DENSE: Provider(layer.dense, layer.dense_error(), *layer.dense_work()),
+        }
+
+    return make
+
+
+SWEEP_TOKENS = (1, 8, 64, 512, 2048, 8192)
+SWEEP_LAYERS = (  # n, m, r, density
+    (1024, 1024, 64, 0.03),
+    (1024, 1024, 256, 0.01),
+    (1024, 1024, 256, 0.03),
+    (1024, 1024, 256, 0.1),
+    (1024, 1024, 512, 0.03),
+    (2736, 1024, 256, 0.03),
+)
+
+
+def sweep() -> list[Case]:
+    """Both paths against tokens, rank and density: what docs/paths.md is made of. Not in --quick."""
+    found = []
+    for n, m, r, density in SWEEP_LAYERS:
+        for tokens in SWEEP_TOKENS:
+            for mode, backward in (("fwd", False), ("fwd+bwd", True)):
+                parameters = {"T": tokens, "n": n, "m": m, "r": r, "density": density, "mode": mode}
+                make = paths_problem(tokens, n, m, r, density, torch.float32, backward)
+                shape = f"T={tokens} {m}→{n} r={r} {density:.0%}"
+                found.append(Case("sl", f"path {mode}", shape, torch.float32, make, parameters=parameters))
+    return found
+
+
+def cases() -> list[Case]:
+    """All cases of the family."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        full = dtype == torch.float32
+        for n, goals in (
+            (1024, (Target(DENSE, 1.3),)),
+            (2736, (Target(DENSE, 1.6), Target(SLTRAIN, 1.6))),
+        ):
+            make = layer_problem(4096, n, 1024, 256, 0.03, dtype, backward=True)
+            found.append(
+                Case(
+                    "sl",
+                    "sl_linear fwd+bwd",
+                    f"T=4096 1024→{n} r=256 3%",
+                    dtype,
+                    make,
+                    targets=goals if full else (),
+                    quick=full or n == 1024,
+                )
+            )
+        for tokens in (1, 2, 4, 8):
+            make = layer_problem(tokens, 4096, 4096, 1024, 0.05, dtype, backward=False)
+            shape = f"T={tokens} 4096→4096 r=1024 5%"
+            goals = (Target(DENSE, 1.5),) if full else ()
+            found.append(Case("sl", "sl_linear decode", shape, dtype, make, targets=goals, quick=full or tokens == 1))
+    return found + sweep()
