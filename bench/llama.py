@@ -29,7 +29,7 @@ class LlamaConfig:
 
 
 CONFIGS = {
-    "tiny": LlamaConfig(256, 688, 4, 4, rank=64, density=0.03, alpha=16, batch=4, accumulate=1, steps=150),
+    "tiny": LlamaConfig(256, 688, 4, 4, rank=64, density=0.03, alpha=16, batch=4, accumulate=1, steps=80),
     # SLTrain (arXiv 2406.02214) and GaLore (arXiv 2403.03507, table 5), but for the vocabulary: 512 sequences a step.
     "60m": LlamaConfig(512, 1376, 8, 8, rank=128, density=0.03, alpha=32, batch=256, accumulate=2, steps=11_000),
     "130m": LlamaConfig(768, 2048, 12, 12, rank=256, density=0.03, alpha=16, batch=256, accumulate=2, steps=22_000),

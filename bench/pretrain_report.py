@@ -6,19 +6,6 @@ from pathlib import Path
 
 TITLES = {"dense": "dense", "lowrank": "low-rank", "sltrain": "SLTrain"}
 COLORS = {"dense": "#9a9a9a", "lowrank": "#d98c3f", "sltrain": "#1f6f8b"}
-HEADER = (
-    "method",
-    "optimizer",
-    "val loss",
-    "tokens/s",
-    "parameters",
-    "param",
-    "indices",
-    "optim",
-    "grads",
-    "sum",
-    "peak",
-)
 
 
 def mebibytes(count: float) -> str:
@@ -40,44 +27,48 @@ def tensor_bytes(result: dict) -> list[int]:
 
 
 def rows(results: list[dict]) -> list[tuple[str, ...]]:
-    """HEADER's columns; bytes in MiB."""
-    return [
-        (
-            title(r),
-            optimizer(r),
-            f"{r['validation'][-1]['loss']:.4f}" if r["validation"] else "-",
-            f"{r['tokens_per_second']:,.0f}",
-            f"{r['parameters']:,}",
-            *(mebibytes(b) for b in tensor_bytes(r)),
-            mebibytes(sum(tensor_bytes(r))),
-            mebibytes(r["peak_bytes"]),
-        )
-        for r in results
-    ]
+    """The comparison, a column a run: each row is a name and a cell for every run."""
+    lines = {
+        "": [title(r) for r in results],
+        "optimizer": [optimizer(r) for r in results],
+        "validation loss, nats a byte": [
+            f"{r['validation'][-1]['loss']:.4f}" if r["validation"] else "-" for r in results
+        ],
+        "tokens/s": [f"{r['tokens_per_second']:,.0f}" for r in results],
+        "parameters": [f"{r['parameters']:,}" for r in results],
+        "MiB of parameters": [mebibytes(r["parameter_bytes"]) for r in results],
+        "MiB of indices": [mebibytes(r["index_bytes"]) for r in results],
+        "MiB of optimizer state": [mebibytes(r["optimizer_bytes"]) for r in results],
+        "MiB of gradients": [mebibytes(r["gradient_bytes"]) for r in results],
+        "MiB of these four": [mebibytes(sum(tensor_bytes(r))) for r in results],
+        "MiB, peak": [mebibytes(r["peak_bytes"]) for r in results],
+        "MiB, peak above the start": [mebibytes(r["peak_above_start_bytes"]) for r in results],
+    }
+    return [(name, *cells) for name, cells in lines.items()]
 
 
 def print_table(results: list[dict]) -> None:
-    """Print the comparison, with rich if it is installed."""
+    """Print the comparison, with rich if it is installed. The peak is the process's, on a GPU the allocator's."""
     s = results[0]["settings"]
-    caption = (
-        f"{s['config']}, {results[0]['steps']} steps of {s['batch'] * s['accumulate']}x{s['sequence']} bytes, "
-        f"{s['dtype']}; loss in nats a byte; MiB of the tensors; peak: of the process (GPU: of the allocator)"
-    )
+    step = f"{s['batch'] * s['accumulate']}x{s['sequence']} bytes"
+    caption = f"{s['config']}, {results[0]['steps']} steps of {step}, {s['dtype']}"
+    header, *lines = rows(results)
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        lines = [HEADER, *rows(results)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-        for line in lines:
-            print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
         print(caption)
+        widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
+        for line in (header, *lines):
+            print(
+                "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+            )
         return
-    table = Table(caption=caption)
-    for i, name in enumerate(HEADER):
-        table.add_column(name, justify="left" if i < 2 else "right")
-    for row in rows(results):
-        table.add_row(*row)
+    table = Table(title=caption)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left")
+    for line in lines:
+        table.add_row(*line)
     Console().print(table)
 
 

@@ -45,7 +45,7 @@ class Settings:
     device: str = "cpu"
     seed: int = 0
     threads: int = 0  # 0: torch's choice
-    validations: int = 10  # how often in a run
+    validations: int = 6  # how often in a run
     validation_windows: int = 32
 
     def resolved(self) -> Settings:

@@ -73,6 +73,8 @@ class Report:
         for row in rows:
             table.add_row(*row)
         console = Console()
+        if not console.is_terminal:
+            console = Console(width=120)  # in a log, wide lines are better than folded names
         console.print(table)
         console.print(total, highlight=False)
 
