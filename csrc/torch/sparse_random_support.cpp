@@ -30,6 +30,10 @@ void check_sizes(const char* op, int64_t n, int64_t m, double density) {
   check(density >= 0 && density <= 1, op, "density must be in [0, 1], got ", density);
 }
 
+void check_count(const char* op, int64_t nnz) {
+  check(nnz < (int64_t(1) << 31), op, "more than 2^31 - 1 nonzeros (", nnz, ") do not fit int32 offsets");
+}
+
 void check_device(const char* op, const Device& device) {
 #ifdef SLKERNELS_WITH_CUDA
   if (device.type() == DeviceType::CUDA) check_torch_has_cuda(op);
@@ -42,8 +46,7 @@ void check_device(const char* op, const Device& device) {
 }
 
 Support sample(const char* op, const SupportSampler& sampler, const Device& device) {
-  check(sampler.count < (int64_t(1) << 31), op, "more than 2^31 - 1 nonzeros (", sampler.count,
-        ") do not fit int32 offsets");
+  check_count(op, sampler.count);
   Support s = {empty_on({sampler.n + 1}, ScalarType::Int, device),
                empty_on({sampler.count}, index_type(sampler.m), device)};
   int32_t* crow = s.crow.mutable_data_ptr<int32_t>();
@@ -78,8 +81,8 @@ int64_t block_nonzeros(const SupportSampler& s, int64_t n, int64_t m) {
   return 64 * s.inner + 8 * (m % 8) * s.right + 8 * (n % 8) * s.bottom + (n % 8) * (m % 8) * corner;
 }
 
-Support expand(const char* op, const Support& blocks, int64_t n, int64_t m, int64_t nnz, const Device& device) {
-  check(nnz < (int64_t(1) << 31), op, "more than 2^31 - 1 nonzeros (", nnz, ") do not fit int32 offsets");
+Support expand([[maybe_unused]] const char* op, const Support& blocks, int64_t n, int64_t m, int64_t nnz,
+               const Device& device) {
   Support s = {empty_on({n + 1}, ScalarType::Int, device), empty_on({nnz}, index_type(m), device)};
   const int32_t* block_crow = blocks.crow.const_data_ptr<int32_t>();
   int32_t* crow = s.crow.mutable_data_ptr<int32_t>();
@@ -122,7 +125,9 @@ std::tuple<Tensor, Tensor> random_support(int64_t n, int64_t m, double density, 
     s = sample(op, SupportSampler::rows(SupportKind::column, n, m, density, uint64_t(seed)), target);
   } else if (kind == "block8") {
     const SupportSampler blocks = SupportSampler::blocks(n, m, density, uint64_t(seed));
-    s = expand(op, sample(op, blocks, target), n, m, block_nonzeros(blocks, n, m), target);
+    const int64_t nnz = block_nonzeros(blocks, n, m);
+    check_count(op, nnz);  // before the blocks are drawn: they can be many
+    s = expand(op, sample(op, blocks, target), n, m, nnz, target);
   } else {
     check(false, op, "kind must be uniform, row, column or block8, got ", kind);
   }
