@@ -77,13 +77,14 @@ SLK_INLINE void store_codes(uint8_t* p, VI codes, int count) {
 // ---- codec
 // ----------------------------------------------------------------------------------------------------------------
 
-// Decides the doubtful lanes of four vectors from vector `first` on: 16 bits of `lanes` for each.
+// Decides the lanes of x[n] that are marked, one mask a vector.
 template <bool kSigned>
-__attribute__((noinline)) void decide(const float* x, int n, float scale, int first, uint64_t lanes, uint8_t* codes) {
-  for (; lanes; lanes &= lanes - 1) {
-    const int bit = __builtin_ctzll(lanes), i = (first + bit / 16) * kLanes + bit % 16;
-    if (i < n) codes[i] = dyn8::nearest_code<kSigned>(x[i], scale, codes[i]);
-  }
+__attribute__((noinline)) void decide(const float* x, int n, float scale, const uint16_t* marked, uint8_t* codes) {
+  for (int first = 0; first < n; first += kLanes)
+    for (uint32_t lanes = marked[first / kLanes]; lanes; lanes &= lanes - 1) {
+      const int i = first + __builtin_ctz(lanes);
+      if (i < n) codes[i] = dyn8::nearest_code<kSigned>(x[i], scale, codes[i]);
+    }
 }
 
 // Encodes n values, a multiple of kLanes of which is readable at x. max_bits = the largest |x| as bits: comparing bits
@@ -104,18 +105,15 @@ SLK_INLINE void encode_block(float* x, int n, uint32_t max_bits, uint8_t* codes,
     for (int i = 0; i < n; i += kLanes) store(x + i, load(x + i) * broadcast(power));
   }
   const V reciprocal = broadcast(1.0f / largest);
-  alignas(8) uint16_t doubtful[kMaxQuantBlock / kLanes + 3];
+  uint16_t doubtful[kMaxQuantBlock / kLanes];
+  uint32_t any = 0;
   for_vectors(n, [&](int i, auto count) {
-    store_codes(codes + i, dyn8::encode<kSigned>(load(x + i), reciprocal, doubtful[i / kLanes]), count);
+    uint16_t& lanes = doubtful[i / kLanes];
+    store_codes(codes + i, dyn8::encode<kSigned>(load(x + i), reciprocal, lanes), count);
+    any |= lanes;
   });
   // About one element in 4000 is decided apart, so that the loop above has no branch.
-  const int vectors = (n + kLanes - 1) / kLanes;
-  std::memset(doubtful + vectors, 0, 3 * sizeof *doubtful);
-  for (int first = 0; first < vectors; first += 4) {
-    uint64_t four;
-    std::memcpy(&four, doubtful + first, sizeof four);
-    if (__builtin_expect(four != 0, 0)) decide<kSigned>(x, n, largest, first, four, codes);
-  }
+  if (__builtin_expect(any != 0, 0)) decide<kSigned>(x, n, largest, doubtful, codes);
 }
 
 template <bool kSigned, class T>
@@ -201,31 +199,55 @@ SLK_INLINE V adam_vector(const Scalars& s, V p, V g, V& m, V& v) {
   return fma(s.minus_step_size, direction, p * s.decay);
 }
 
+// A block between its step and its encoding.
+struct SteppedBlock {
+  float *m, *v;
+  VU m_max, v_max;
+};
+
+template <bool kScaled, class T>
+SLK_INLINE void step_block(const AdamTensor& t, const Scalars& s, int64_t block, int64_t b, SteppedBlock& out) {
+  const int64_t start = b * block;
+  const int size = int(t.n - start < block ? t.n - start : block);
+  T* p = static_cast<T*>(t.p) + start;
+  const T* g = static_cast<const T*>(t.g) + start;
+  const uint8_t* m_codes = static_cast<const uint8_t*>(t.m) + start;
+  const uint8_t* v_codes = static_cast<const uint8_t*>(t.v) + start;
+  const V m_scale = broadcast(t.m_scale[b]), v_scale = broadcast(t.v_scale[b]);
+  VU m_max = {}, v_max = {};
+  for_vectors(size, [&](int i, auto count) {
+    V m = dyn8::decode<true>(load_codes<true>(m_codes + i, count)) * m_scale;
+    V v = dyn8::decode<false>(load_codes<false>(v_codes + i, count)) * v_scale;
+    store_some(p + i, adam_vector<kScaled>(s, load_some(p + i, count), load_some(g + i, count), m, v), count);
+    store(out.m + i, m);
+    store(out.v + i, v);
+    m_max = max(m_max, (VU)abs(m));
+    v_max = max(v_max, (VU)v);  // v >= 0, and a NaN of either sign exceeds infinity
+  });
+  out.m_max = m_max;
+  out.v_max = v_max;
+}
+
+SLK_INLINE void encode_stepped(const AdamTensor& t, int64_t block, int64_t b, SteppedBlock& stepped) {
+  const int64_t start = b * block;
+  const int size = int(t.n - start < block ? t.n - start : block);
+  encode_block<true>(stepped.m, size, max_lane(stepped.m_max), static_cast<uint8_t*>(t.m) + start, t.m_scale + b);
+  encode_block<false>(stepped.v, size, max_lane(stepped.v_max), static_cast<uint8_t*>(t.v) + start, t.v_scale + b);
+}
+
+// A block is encoded after the next one has been stepped: its maxima are then known, and the core need not drain its
+// pipeline to wait for them.
 template <bool kScaled, class T>
 void adam_quantized(const AdamTensor& t, const AdamStep& step, int64_t block, Range blocks) {
-  alignas(64) float m_block[kMaxQuantBlock], v_block[kMaxQuantBlock];
+  // Next to each other, whatever the block size: at a distance of 4096 bytes loads would wait for unrelated stores.
+  alignas(64) float values[4 * kMaxQuantBlock];
+  SteppedBlock stepped[2] = {{values, values + block, {}, {}}, {values + 2 * block, values + 3 * block, {}, {}}};
   const Scalars s(step);
   for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-    const int64_t start = b * block;
-    const int size = int(t.n - start < block ? t.n - start : block);
-    T* p = static_cast<T*>(t.p) + start;
-    const T* g = static_cast<const T*>(t.g) + start;
-    uint8_t* m_codes = static_cast<uint8_t*>(t.m) + start;
-    uint8_t* v_codes = static_cast<uint8_t*>(t.v) + start;
-    const V m_scale = broadcast(t.m_scale[b]), v_scale = broadcast(t.v_scale[b]);
-    VU m_max = {}, v_max = {};
-    for_vectors(size, [&](int i, auto count) {
-      V m = dyn8::decode<true>(load_codes<true>(m_codes + i, count)) * m_scale;
-      V v = dyn8::decode<false>(load_codes<false>(v_codes + i, count)) * v_scale;
-      store_some(p + i, adam_vector<kScaled>(s, load_some(p + i, count), load_some(g + i, count), m, v), count);
-      store(m_block + i, m);
-      store(v_block + i, v);
-      m_max = max(m_max, (VU)abs(m));
-      v_max = max(v_max, (VU)v);  // v >= 0, and a NaN of either sign exceeds infinity
-    });
-    encode_block<true>(m_block, size, max_lane(m_max), m_codes, t.m_scale + b);
-    encode_block<false>(v_block, size, max_lane(v_max), v_codes, t.v_scale + b);
+    step_block<kScaled, T>(t, s, block, b, stepped[b & 1]);
+    if (b > blocks.begin) encode_stepped(t, block, b - 1, stepped[(b - 1) & 1]);
   }
+  if (blocks.size() > 0) encode_stepped(t, block, blocks.end - 1, stepped[(blocks.end - 1) & 1]);
 }
 
 template <bool kScaled, class T>
