@@ -22,8 +22,7 @@ constexpr float kStep = 1.0f - 0.1f;        // S
 constexpr float kUpperBase = 1.0f - kStep;  // exact
 constexpr float kPower[8] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.0f, 1.0f};
 
-// ---- value of a code
-// ------------------------------------------------------------------------------------------------------------
+// ---- value of a code ------------------------------------------------------------------------------------------------
 
 // One magnitude; exact in double up to the roundings of the definition, so the same bits as decode() below.
 template <bool kSigned>
@@ -79,8 +78,7 @@ SLK_INLINE V decode(VI code) {
   return kSigned ? (V)((VI)magnitude | ((VI)q & INT32_MIN)) : magnitude;
 }
 
-// ---- code of a value
-// ------------------------------------------------------------------------------------------------------------
+// ---- code of a value ------------------------------------------------------------------------------------------------
 //
 // Within a decade the map is affine up to roundings, so one FMA gives 256 + index + fraction, whose fp32 bits are a
 // fixed-point number with 15 fraction bits. The fraction tells how far the nearest midpoint is: where that is less

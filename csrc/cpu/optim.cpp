@@ -6,25 +6,10 @@
 #include "slkernels/optim.h"
 
 #include "cpu/dyn8.h"
+#include "cpu/types.h"
 
 namespace slk::cpu::SLK_ISA {
 namespace {
-
-template <class F>
-void with_float_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::f32:
-      return f((float*)nullptr);
-    case DType::bf16:
-      return f((bf16*)nullptr);
-    case DType::f16:
-      return f((f16*)nullptr);
-    case DType::f64:
-      return;
-  }
-}
-template <class T>
-using Element = std::remove_pointer_t<T>;
 
 constexpr uint32_t kInfinityBits = 0x7f800000;
 // Outside these, scale or its reciprocal may be subnormal.
@@ -74,8 +59,7 @@ SLK_INLINE void store_codes(uint8_t* p, VI codes, int count) {
   std::memcpy(p, buffer, count);
 }
 
-// ---- codec
-// ----------------------------------------------------------------------------------------------------------------
+// ---- codec ----------------------------------------------------------------------------------------------------------
 
 // Decides the lanes of x[n] that are marked, one mask a vector.
 template <bool kSigned>
@@ -167,8 +151,7 @@ void dequantize(Codec codec, DType dtype, const uint8_t* codes, const float* sca
   });
 }
 
-// ---- Adam
-// -----------------------------------------------------------------------------------------------------------------
+// ---- Adam -----------------------------------------------------------------------------------------------------------
 
 // The step's scalars in registers.
 struct Scalars {

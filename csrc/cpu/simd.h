@@ -40,8 +40,7 @@ typedef uint32_t VU __attribute__((vector_size(kLanes * 4)));
 
 #define SLK_INLINE inline __attribute__((always_inline))
 
-// ---- scalars
-// ---------------------------------------------------------------------------------------------------------
+// ---- scalars ------------------------------------------------------------------------------------------------------
 
 SLK_INLINE uint32_t to_bits(float x) {
   uint32_t u;
@@ -89,8 +88,7 @@ SLK_INLINE void from_float(float x, f16& out) {
   out.bits = uint16_t(sign | h);
 }
 
-// ---- vectors
-// ---------------------------------------------------------------------------------------------------------
+// ---- vectors ------------------------------------------------------------------------------------------------------
 
 SLK_INLINE V zero() {
   return V{};
@@ -282,8 +280,7 @@ SLK_INLINE V sum_rows(V (&r)[kLanes]) {
   return r[0];
 }
 
-// ---- elementwise words of the optimizer kernels
-// -----------------------------------------------------------------------------------------------------------------
+// ---- elementwise words of the optimizer kernels -------------------------------------------------------------------
 
 // a * b + c rounded once on every ISA: for arithmetic that must give the same bits everywhere. (Without FMA hardware
 // the double sum is rounded to float a second time, which changes a result about once in 2^29.)

@@ -18,8 +18,7 @@ void with_col(const Csr& s, F f) {
   else
     f(static_cast<const int32_t*>(s.col));
 }
-// ---- pack
-// ------------------------------------------------------------------------------------------------------------
+// ---- pack ---------------------------------------------------------------------------------------------------------
 
 // kLanes tokens at a time along their features: as many read streams as a hardware prefetcher can follow.
 template <class T>
@@ -50,8 +49,7 @@ void pack_panel(DType dtype, const Matrix& x, int64_t t0, int panel, Range cols,
   with_float_type(dtype, [&](auto* type) { pack_panel_t<Element<decltype(type)>>(x, t0, panel, cols, xt); });
 }
 
-// ---- spmm
-// ------------------------------------------------------------------------------------------------------------
+// ---- spmm ---------------------------------------------------------------------------------------------------------
 
 // One row of S times a panel: NV vectors of tokens. Two nonzeros at a time into separate accumulators, because an FMA
 // takes 4 cycles and one nonzero alone would leave a core with two FMA ports waiting.
@@ -149,8 +147,7 @@ void spmv(DType y_dtype, const Csr& s, const float* values, const float* x, Rang
   });
 }
 
-// ---- sddmm
-// -----------------------------------------------------------------------------------------------------------
+// ---- sddmm --------------------------------------------------------------------------------------------------------
 
 // A row of dy stays in NV registers; kLanes nonzeros at a time leave kLanes vectors of partial sums, which one
 // transpose turns into kLanes results.
@@ -196,8 +193,7 @@ void sddmm_panel(const Csr& s, const float* dyt, const float* xt, int panel, Ran
   });
 }
 
-// ---- fp64
-// ------------------------------------------------------------------------------------------------------------
+// ---- fp64 ---------------------------------------------------------------------------------------------------------
 
 void spmm_f64(const Csr& s, const double* values, const Matrix& x, const Matrix& y, Range tokens, bool accumulate) {
   with_col(s, [&](auto* col) {
@@ -226,8 +222,7 @@ void sddmm_f64(const Csr& s, const Matrix& dy, const Matrix& x, Range rows, doub
   });
 }
 
-// ---- dense W at the support
-// ------------------------------------------------------------------------------------------
+// ---- dense W at the support ---------------------------------------------------------------------------------------
 
 void gather_support(DType dtype, const Csr& s, const void* w, int64_t ld, Range rows, void* out) {
   with_type(dtype, [&](auto* type) {

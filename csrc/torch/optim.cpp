@@ -36,8 +36,7 @@ DType float_type_of(const char* op, const char* name, const Tensor& t) {
   return dtype_of(op, name, t);
 }
 
-// ---- quantize_block, dequantize_block
-// ---------------------------------------------------------------------------------
+// ---- quantize_block, dequantize_block -----------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> quantize_block(const Tensor& x, std::string codec_name, int64_t block) {
   constexpr const char* op = "quantize_block";
@@ -79,8 +78,7 @@ Tensor dequantize_block(const Tensor& codes, const Tensor& scale, std::string co
   return out;
 }
 
-// ---- adam_q_
-// ----------------------------------------------------------------------------------------------------------
+// ---- adam_q_ ------------------------------------------------------------------------------------------------------
 
 constexpr const char* kAdam = "adam_q_";
 

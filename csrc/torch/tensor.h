@@ -24,8 +24,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Shape = std::vector<int64_t>;
 
-// ---- errors
-// ----------------------------------------------------------------------------------------------------------
+// ---- errors -------------------------------------------------------------------------------------------------------
 
 inline std::string show(const Tensor& t) {
   std::ostringstream out;
@@ -106,8 +105,7 @@ inline void check_same_device(const char* op, const char* name, const Tensor& t,
   check(t.device() == like.device(), op, name, " must be on the device of ", like_name);
 }
 
-// ---- shapes and allocation
-// -------------------------------------------------------------------------------------------
+// ---- shapes and allocation ----------------------------------------------------------------------------------------
 
 inline Shape shape_of(const Tensor& t) {
   Shape s(t.dim());
@@ -140,8 +138,7 @@ inline Tensor t2(const Tensor& t) {
   return torch::stable::transpose(t, 0, 1);
 }
 
-// ---- calls into torch
-// ------------------------------------------------------------------------------------------------
+// ---- calls into torch ---------------------------------------------------------------------------------------------
 
 template <class F>
 void parallel_for(int64_t n, int64_t grain, const F& body) {
