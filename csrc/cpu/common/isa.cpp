@@ -83,7 +83,6 @@ std::vector<std::string> compiled_isas() {
 }
 
 // ---- one line a family
-// ----------------------------------------------------------------------------------------------- SLK_TABLE(Kernels,
 // table, accessor) declares <isa>::table of every compiled ISA and defines the accessor.
 #ifdef SLK_HAVE_AVX2
 #define SLK_IF_AVX2(...) __VA_ARGS__
