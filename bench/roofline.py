@@ -20,6 +20,12 @@ class Roofline:
     gbs: float
     gflops: dict[str, float] = field(default_factory=dict)
 
+    def raise_to(self, other: Roofline) -> None:
+        """Keep the higher of each ceiling: a busy moment can only lower a measurement."""
+        self.gbs = max(self.gbs, other.gbs)
+        for dtype, rate in other.gflops.items():
+            self.gflops[dtype] = max(self.gflops.get(dtype, 0.0), rate)
+
     def least_seconds(self, flops: float, bytes: float, dtype: str) -> float:
         """No solution with this work can take less: max(flops / peak, bytes / bandwidth)."""
         return max(flops / (self.gflops[dtype] * 1e9), bytes / (self.gbs * 1e9))

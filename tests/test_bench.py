@@ -177,6 +177,9 @@ def test_roofline_is_the_lower_of_both_ceilings():
     assert CEILINGS.least_seconds(1e11, 1.0, "float32") == pytest.approx(1.0)
     assert CEILINGS.least_seconds(1e11, 1e11, "bfloat16") == pytest.approx(10.0)
     assert CEILINGS.bound(1e11, 1.0, "float32") == "compute" and CEILINGS.bound(0.0, 1.0, "float32") == "memory"
+    raised = roofline.Roofline(gbs=12.0, gflops={"float32": 90.0})
+    raised.raise_to(CEILINGS)
+    assert raised == roofline.Roofline(gbs=12.0, gflops={"float32": 100.0, "bfloat16": 200.0})
     timer = timing.CpuTimer()
     assert roofline.gemm_gflops(CPU, torch.float32, timer, 32, 0.0) > 0
     assert roofline.memory_gbs(CPU, timer, 1, 0.0) > 0
