@@ -14,6 +14,11 @@ file(GLOB cpu_common_sources CONFIGURE_DEPENDS csrc/cpu/common/*.cpp)
 add_library(slkernels_cpu STATIC ${cpu_common_sources})
 target_include_directories(slkernels_cpu PUBLIC include PRIVATE csrc)
 target_link_libraries(slkernels_cpu PRIVATE slkernels_flags)
+if(SLKERNELS_SANITIZE)
+  set(isa_optimise -O1)  # the unrolled loops of -O3, each access checked, take minutes to compile
+else()
+  set(isa_optimise -O3)
+endif()
 foreach(isa IN LISTS isa_names)
   add_library(slkernels_cpu_${isa} OBJECT ${cpu_sources})
   target_include_directories(slkernels_cpu_${isa} PRIVATE include csrc)
@@ -21,7 +26,7 @@ foreach(isa IN LISTS isa_names)
   # -O3: the panel loops need full unrolling. -fno-math-errno: sqrt becomes one instruction; results stay IEEE.
   # -ffp-contract=fast: a*b+c on vector types becomes one FMA.
   # -Wno-maybe-uninitialized: GCC's own AVX-512 headers trip it (GCC bug 105593).
-  target_compile_options(slkernels_cpu_${isa} PRIVATE ${isa_flags_${isa}} -O3 -fno-math-errno -ffp-contract=fast
+  target_compile_options(slkernels_cpu_${isa} PRIVATE ${isa_flags_${isa}} ${isa_optimise} -fno-math-errno -ffp-contract=fast
                          -Wno-psabi -Wno-maybe-uninitialized)
   target_link_libraries(slkernels_cpu_${isa} PRIVATE slkernels_flags)
   target_sources(slkernels_cpu PRIVATE $<TARGET_OBJECTS:slkernels_cpu_${isa}>)
