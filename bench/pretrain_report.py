@@ -41,14 +41,15 @@ def rows(results: list[dict]) -> list[tuple[str, ...]]:
         "MiB of optimizer state": [mebibytes(r["optimizer_bytes"]) for r in results],
         "MiB of gradients": [mebibytes(r["gradient_bytes"]) for r in results],
         "MiB of these four": [mebibytes(sum(tensor_bytes(r))) for r in results],
-        "MiB, peak": [mebibytes(r["peak_bytes"]) for r in results],
-        "MiB, peak above the start": [mebibytes(r["peak_above_start_bytes"]) for r in results],
+        "MiB, peak of the process": [mebibytes(r["peak_bytes"]) for r in results],
+        "MiB, live at the peak of a step": [mebibytes(r["peak_above_start_bytes"]) for r in results],
     }
     return [(name, *cells) for name, cells in lines.items()]
 
 
 def print_table(results: list[dict]) -> None:
-    """Print the comparison, with rich if it is installed. The peak is the process's, on a GPU the allocator's."""
+    """Print the comparison, with rich if it is installed. The process's peak holds Python, torch and what malloc keeps;
+    the live bytes are above the start; on a GPU both are torch's allocator's."""
     s = results[0]["settings"]
     step = f"{s['batch'] * s['accumulate']}x{s['sequence']} bytes"
     caption = f"{s['config']}, {results[0]['steps']} steps of {step}, {s['dtype']}"

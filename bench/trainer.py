@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import resource
@@ -127,16 +128,19 @@ def train_step(model: nn.Module, optimizer, settings: Settings, step: int, parts
 # ---- bytes ----------------------------------------------------------------------------------------------------------
 
 
-class GradientMeter:
-    """The most bytes of gradients that live at once. Attach it before the optimizer, whose hooks may free them."""
+class StepMeter:
+    """The most bytes of gradients, and of live heap, at any moment at which a gradient arrives. Attach it before the
+    optimizer, whose hooks may free them."""
 
     def __init__(self, model: nn.Module) -> None:
         self.peak = 0
+        self.heap = 0
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._handles = [p.register_post_accumulate_grad_hook(self._look) for p in self._parameters]
 
     def _look(self, _: Tensor) -> None:
         self.peak = max(self.peak, sum(p.grad.nbytes for p in self._parameters if p.grad is not None))
+        self.heap = max(self.heap, live_heap())
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -159,6 +163,22 @@ def state_bytes(state: object) -> int:
 
     visit(state)
     return sum(found.values())
+
+
+class _MallocInfo(ctypes.Structure):  # struct mallinfo2 of malloc.h
+    names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = tuple((name, ctypes.c_size_t) for name in names)
+
+
+def live_heap() -> int:
+    """Bytes that malloc has handed out and not got back; 0 where the C library cannot tell. Unlike the process's size
+    it leaves out what the allocator keeps: glibc before 2.38 reuses freed aligned blocks badly."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:
+        return 0
+    mallinfo.restype = _MallocInfo
+    info = mallinfo()
+    return info.uordblks + info.hblkhd
 
 
 def peak_memory(device: str) -> int:
@@ -201,8 +221,9 @@ class Run:
 
     def __post_init__(self) -> None:
         self.baseline_memory = peak_memory(self.settings.device)
+        self.baseline_heap = live_heap()
         self.model = build_model(self.settings)
-        self.meter = GradientMeter(self.model)
+        self.meter = StepMeter(self.model)
         self.optimizer = build_optimizer(self.model, self.settings)
         self.step = 0
         self.losses: list[float] = []
@@ -295,6 +316,12 @@ class Run:
             tokens, seconds = self.step * s.tokens_per_step, sum(self.seconds)
             self.validation.append({"step": self.step, "tokens": tokens, "seconds": seconds, "loss": self.validate()})
 
+    def _live_peak(self, peak: int) -> int:
+        """The most bytes of a step above what the process held before the model was made."""
+        if torch.device(self.settings.device).type == "cuda" or not self.meter.heap:
+            return peak - self.baseline_memory
+        return self.meter.heap - self.baseline_heap
+
     def tokens_per_second(self) -> float:
         """From the median step; the first two only warm up, where there are more."""
         steady = self.seconds[2:] or self.seconds
@@ -318,7 +345,7 @@ class Run:
             "optimizer_bytes": state_bytes(self.optimizer.state_dict()),
             "gradient_bytes": self.meter.peak,
             "peak_bytes": peak,
-            "peak_above_start_bytes": peak - self.baseline_memory,
+            "peak_above_start_bytes": self._live_peak(peak),
         }
 
 

@@ -13,7 +13,7 @@ import torch
 from slkernels.bench import corpus as corpus_module
 from slkernels.bench.llama import Llama, LlamaConfig
 from slkernels.bench.pretrain import measure_step
-from slkernels.bench.trainer import GradientMeter, Run, Settings, build_model, build_optimizer, learning_rate
+from slkernels.bench.trainer import Run, Settings, StepMeter, build_model, build_optimizer, learning_rate
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -203,7 +203,7 @@ def test_bytes_are_those_of_the_tensors(corpus, tmp_path):
 def test_per_layer_frees_gradients_as_it_goes(corpus):
     settings = Settings(**(SMALL | RUNS["sltrain"] | {"per_layer": True, "accumulate": 1})).resolved()
     model = build_model(settings)
-    meter = GradientMeter(model)
+    meter = StepMeter(model)
     build_optimizer(model, settings)
     model.loss(corpus.batch(0, 0, 0, (1, 9))).backward()
     assert 0 < meter.peak < 0.2 * sum(p.nbytes for p in model.parameters())
