@@ -1,0 +1,26 @@
+// Stand-in for the CUDA runtime: with this folder first on the include path, g++ compiles the hand-written kernels of
+// csrc/cuda unchanged. Types come from the toolkit's own headers; the words of the language come from simt/device.h.
+#pragma once
+
+#define SLK_SIMT 1
+
+// Static shared memory is thread-local storage: `__shared__ float a[64];` becomes a block-scope static that lies in one
+// segment, whose address range the runtime knows, poisons before every block, and watches. (Blocks run one after
+// another.)
+#define __shared__ thread_local
+
+#include <cuda_runtime_api.h>
+#include <vector_functions.h>
+#include <vector_types.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "simt/device.h"
+
+// As cuda_runtime.h's overload for kernels; the host functions of cuda_runtime_api.h are in runtime/cudart.cpp.
+template <class... Params>
+cudaError_t cudaFuncSetAttribute(void (*)(Params...), cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
