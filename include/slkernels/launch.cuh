@@ -26,8 +26,8 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shar
 #ifdef SLK_SIMT
   (void)stream;
   const auto thread = [&]() __attribute__((no_sanitize("thread"))) { kernel(static_cast<Params>(args)...); };
-  simt::launch({grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes, simt::call<decltype(thread)>,
-               &thread);
+  simt::launch(reinterpret_cast<const void*>(kernel), {grid.x, grid.y, grid.z}, {block.x, block.y, block.z},
+               shared_bytes, simt::call<decltype(thread)>, &thread);
   return cudaSuccess;
 #else
   cudaLaunchConfig_t config = {};

@@ -21,6 +21,8 @@
 
 // As cuda_runtime.h's overload for kernels; the host functions of cuda_runtime_api.h are in runtime/cudart.cpp.
 template <class... Params>
-cudaError_t cudaFuncSetAttribute(void (*)(Params...), cudaFuncAttribute, int) {
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize)
+    simt::allow_dynamic_shared(reinterpret_cast<const void*>(kernel), size_t(value));
   return cudaSuccess;
 }

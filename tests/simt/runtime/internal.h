@@ -8,6 +8,7 @@
 #include <cstdlib>
 
 #include <memory>
+#include <optional>
 #include <unordered_map>
 
 #include "fiber.h"
@@ -32,6 +33,13 @@ struct Fiber {
   void* argument = nullptr;  // of the collective
   int predicate = 0, barrier_result = 0;
   Clock clock;
+  uint32_t time = 1;          // of this thread itself: counts its releases
+  std::optional<Stamp> ends;  // the stamp of accesses that end later than they begin
+
+  bool knows(const Stamp& s) const {
+    return s.thread == view.linear && s.epoch == clock.seen.epoch ? s.time <= time : clock.seen.covers(s);
+  }
+  Stamp stamp() const { return ends ? *ends : Stamp{clock.seen.epoch, time, view.linear}; }
 };
 
 // The running thread; null outside kernels. Accesses are watched only while it is set and `muted` is not.
@@ -41,7 +49,6 @@ extern bool muted;
 // memory.cpp
 void begin_block(size_t dynamic_bytes);  // poisons shared memory, forgets its history
 void set_stack(const void* low, size_t bytes);
-const char* describe(const void* address);
 
 // scheduler.cpp
 std::string where(void* pc);

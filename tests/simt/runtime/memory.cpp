@@ -4,6 +4,8 @@
 
 #include <cstring>
 #include <map>
+#include <tuple>
+#include <type_traits>
 
 #include "internal.h"
 
@@ -16,20 +18,38 @@ struct Region {
   bool touches(uintptr_t a, size_t bytes) const { return a < end && a + bytes > begin; }
 };
 
-// One byte of shared memory: who wrote it last and when, and who has read it since.
-struct Shadow {
-  uint32_t write_clock = 0;
-  int16_t writer = -1;
-  bool written = false, by_async = false, atomic = false;
+// One byte of shared memory: its last write, and the set of reads and atomics since.
+struct Cell {
   void* pc = nullptr;
-  struct Read {
-    int16_t thread;
-    bool by_async;
-    uint32_t clock;
-    void* pc;
-  };
-  std::vector<Read> reads;
+  Stamp writer;
+  uint32_t since = 0;  // index into `sets`
+  bool written = false, by_async = false;
+  char padding[6] = {};  // cells are compared as bytes
 };
+static_assert(std::has_unique_object_representations_v<Cell>);
+
+struct Use {
+  Stamp by;
+  bool by_async, atomic;
+  void* pc;
+};
+
+// Sets of uses are shared by the cells that were used alike, and never change: adding a use gives another set.
+std::vector<std::vector<Use>> sets;
+std::map<std::tuple<uint32_t, uint32_t, uint32_t, int32_t, bool, bool>, uint32_t> larger_sets;
+
+uint32_t with_use(uint32_t set, const Use& use) {
+  const auto key = std::make_tuple(set, use.by.epoch, use.by.time, use.by.thread, use.by_async, use.atomic);
+  const auto [it, fresh] = larger_sets.try_emplace(key, uint32_t(sets.size()));
+  if (!fresh) return it->second;
+  std::vector<Use> next;
+  next.reserve(sets[set].size() + 1);
+  for (const Use& u : sets[set])  // of a thread's uses of one kind, the last one says all
+    if (u.by.thread != use.by.thread || u.by_async != use.by_async || u.atomic != use.atomic) next.push_back(u);
+  next.push_back(use);
+  sets.push_back(std::move(next));
+  return it->second;
+}
 
 constexpr size_t kMaxDynamicShared = 227 << 10;  // sm_90's limit a block
 constexpr size_t kAlign = 1024;                  // what 128-byte swizzled TMA tiles ask for
@@ -38,7 +58,7 @@ constexpr unsigned char kPoison = 0xff;
 alignas(kAlign) unsigned char dynamic_memory[kMaxDynamicShared];
 size_t dynamic_bytes_now = 0;
 Region stack_now, static_shared, module;
-std::vector<Shadow> static_shadow, dynamic_shadow;
+std::vector<Cell> static_shadow, dynamic_shadow;
 std::map<uintptr_t, size_t> buffers;  // device_malloc's, by begin
 
 int find_module(dl_phdr_info* info, size_t, void*) {
@@ -70,62 +90,58 @@ std::string name_shared(uintptr_t a) {
   return "static shared memory + " + std::to_string(a - static_shared.begin);
 }
 
-bool happens_before(int thread, uint32_t clock) {
-  return thread == running->view.linear || running->clock.at[thread] >= clock;
-}
-// For the async proxy, a generic access counts only once a fence.proxy.async has covered it.
-bool fenced_before(int thread, uint32_t clock) {
-  return running->clock.fenced_at[thread] >= clock;
-}
+enum class Access { read, write, atomic };
 
-void check_byte(Shadow& s, uintptr_t a, bool write, bool atomic, Proxy proxy, void* pc) {
-  const int self = running->view.linear;
+void check_cell(Cell& cell, uintptr_t a, Access access, Proxy proxy, void* pc) {
   const bool async = proxy == Proxy::async;
-  const auto conflict = [&](const char* what, int other, void* other_pc) {
-    fault(std::string("race on ") + name_shared(a) + ": " + what + " thread " + std::to_string(other) +
-              where(other_pc) + " is not ordered before this " + (write ? "write" : "read"),
-          pc);
+  const char* const verb = access == Access::read ? "read" : access == Access::write ? "write" : "atomic";
+  const auto check_against = [&](const char* what, const Stamp& by, bool by_async, void* by_pc, bool needs_fence) {
+    if (!running->knows(by))
+      fault("race on " + name_shared(a) + ": the " + what + " of thread " + std::to_string(by.thread) + where(by_pc) +
+                " is not ordered before this " + verb,
+            pc);
+    // For the async proxy, a generic write counts only once a fence.proxy.async has covered it.
+    if (needs_fence && async && !by_async && !running->clock.fenced.covers(by))
+      fault("missing fence.proxy.async on " + name_shared(a) + ": the " + what + " of thread " +
+                std::to_string(by.thread) + where(by_pc) +
+                " through the generic proxy is not visible to this asynchronous " + verb,
+            pc);
   };
-  const auto unfenced = [&](const char* what, int other, void* other_pc) {
-    fault(std::string("missing fence.proxy.async on ") + name_shared(a) + ": " + what + " thread " +
-              std::to_string(other) + where(other_pc) +
-              " through the generic proxy is not visible to this asynchronous " + (write ? "write" : "read"),
-          pc);
-  };
-  if (s.written && !(atomic && s.atomic)) {
-    if (!happens_before(s.writer, s.write_clock)) conflict("the write of", s.writer, s.pc);
-    if (async && !s.by_async && !fenced_before(s.writer, s.write_clock)) unfenced("the write of", s.writer, s.pc);
-  }
-  if (write) {
-    for (const Shadow::Read& r : s.reads)
-      if (!happens_before(r.thread, r.clock)) conflict("the read of", r.thread, r.pc);
-    s.reads.clear();
-    s.written = true;
-    s.writer = int16_t(self);
-    s.write_clock = running->clock.at[self];
-    s.by_async = async;
-    s.atomic = atomic;
-    s.pc = pc;
-    return;
-  }
-  if (!s.written) fault("read of " + name_shared(a) + ", which nobody has written", pc);
-  for (Shadow::Read& r : s.reads)
-    if (r.thread == self) {
-      r = {int16_t(self), async, running->clock.at[self], pc};
-      return;
-    }
-  s.reads.push_back({int16_t(self), async, running->clock.at[self], pc});
+  if (cell.written) check_against("write", cell.writer, cell.by_async, cell.pc, true);
+  if (access != Access::write && !cell.written)
+    fault(std::string(verb) + " of " + name_shared(a) + ", which nobody has written", pc);
+  for (const Use& u : sets[cell.since])
+    if (u.atomic ? access != Access::atomic : access != Access::read)
+      check_against(u.atomic ? "atomic" : "read", u.by, u.by_async, u.pc, u.atomic);
+  if (access == Access::write)
+    cell = {pc, running->stamp(), 0, true, async, {}};
+  else
+    cell.since = with_use(cell.since, {running->stamp(), async, access == Access::atomic, pc});
 }
 
-void check_access(const void* address, size_t bytes, bool write, bool atomic, Proxy proxy, void* pc) {
+void check_cells(Cell* cells, uintptr_t a, size_t bytes, Access access, Proxy proxy, void* pc) {
+  Cell before, after;  // neighbours mostly share their history: what one became, the next becomes
+  for (size_t i = 0; i < bytes; ++i) {
+    if (i == 0 || std::memcmp(&cells[i], &before, sizeof(Cell))) {
+      before = cells[i];
+      check_cell(cells[i], a + i, access, proxy, pc);
+      after = cells[i];
+    } else {
+      cells[i] = after;
+    }
+  }
+}
+
+void check_access(const void* address, size_t bytes, Access access, Proxy proxy, void* pc) {
+  const bool write = access != Access::read;
   const auto a = reinterpret_cast<uintptr_t>(address);
   if (stack_now.holds(a, bytes)) return;
   const bool in_static = static_shared.holds(a, bytes);
   const auto dynamic = reinterpret_cast<uintptr_t>(dynamic_memory);
   const Region dynamic_region = {dynamic, dynamic + dynamic_bytes_now};
   if (in_static || dynamic_region.holds(a, bytes)) {
-    Shadow* shadow = in_static ? &static_shadow[a - static_shared.begin] : &dynamic_shadow[a - dynamic];
-    for (size_t i = 0; i < bytes; ++i) check_byte(shadow[i], a + i, write, atomic, proxy, pc);
+    Cell* cells = in_static ? &static_shadow[a - static_shared.begin] : &dynamic_shadow[a - dynamic];
+    check_cells(cells, a, bytes, access, proxy, pc);
     return;
   }
   if (a >= dynamic && a < dynamic + kMaxDynamicShared)
@@ -137,7 +153,7 @@ void check_access(const void* address, size_t bytes, bool write, bool atomic, Pr
     --it;
     if (a + bytes <= it->first + it->second) return;
   }
-  if (module.holds(a, bytes)) return;  // constants
+  if (!write && module.holds(a, bytes)) return;  // constants
   std::string text = std::string(write ? "write" : "read") + " of " + std::to_string(bytes) +
                      " bytes out of bounds at " + hex(address);
   if (it != buffers.end() && a >= it->first && a < it->first + it->second + (1 << 20))
@@ -153,9 +169,11 @@ void begin_block(size_t dynamic_bytes) {
     fault("launch with " + std::to_string(dynamic_bytes) + " bytes of dynamic shared memory; " +
           std::to_string(kMaxDynamicShared) + " are possible");
   dynamic_bytes_now = dynamic_bytes;
-  std::memset(dynamic_memory, kPoison, sizeof dynamic_memory);
+  std::memset(dynamic_memory, kPoison, dynamic_bytes);
   static_shadow.assign(static_shared.end - static_shared.begin, {});
   dynamic_shadow.assign(dynamic_bytes, {});
+  sets.assign(1, {});
+  larger_sets.clear();
   if (static_shared.begin) std::memset(reinterpret_cast<void*>(static_shared.begin), kPoison, static_shadow.size());
 }
 
@@ -191,15 +209,14 @@ void device_free(void* p) {
 
 void access(const void* address, size_t bytes, bool write, void* pc, Proxy proxy) {
   if (!running || muted) return;
-  check_access(address, bytes, write, false, proxy, pc);
+  check_access(address, bytes, write ? Access::write : Access::read, proxy, pc);
 }
 
 void atomic_access(const void* address, size_t bytes, void* pc) {
   if (!running || muted) return;
   if (reinterpret_cast<uintptr_t>(address) % bytes)
     fault("misaligned atomic of " + std::to_string(bytes) + " bytes at " + hex(address), pc);
-  if (is_shared(address, bytes)) check_access(address, bytes, false, true, Proxy::generic, pc);
-  check_access(address, bytes, true, true, Proxy::generic, pc);
+  check_access(address, bytes, Access::atomic, Proxy::generic, pc);
 }
 
 }  // namespace simt

@@ -42,6 +42,7 @@ bool muted = false;
 namespace {
 
 constexpr size_t kStackBytes = 256 << 10;
+constexpr size_t kDefaultShared = 48 << 10;  // dynamic shared memory that a kernel gets without asking
 
 struct NamedBarrier {
   int arrived = 0;
@@ -51,7 +52,8 @@ struct NamedBarrier {
 struct BlockState {
   std::vector<Fiber> fibers;
   Context scheduler;
-  bool any_fence = false;  // until a fence.proxy.async, fenced clocks are all zero
+  bool any_fence = false;  // until a fence.proxy.async, nothing is fenced
+  size_t at_barrier = 0;   // threads waiting at the block's barrier
   void (*body)(const void*) = nullptr;
   const void* context = nullptr;
   std::map<int, NamedBarrier> named;
@@ -63,32 +65,46 @@ struct BlockState {
 };
 BlockState block;
 std::vector<void (*)()> exit_checks;
+std::map<const void*, size_t> allowed_shared;  // by kernel
 std::vector<std::unique_ptr<char[]>> stacks;
 
-void join(std::vector<uint32_t>& into, const std::vector<uint32_t>& from) {
-  if (into.size() < from.size()) into.resize(from.size(), 0);
-  for (size_t i = 0; i < from.size(); ++i) into[i] = std::max(into[i], from[i]);
+void join(Knowledge& into, const Knowledge& from) {
+  if (from.epoch < into.epoch) return;  // all of it lies before a barrier of the whole block
+  if (from.epoch > into.epoch) {
+    into = from;
+    return;
+  }
+  if (into.at.size() < from.at.size()) into.at.resize(from.at.size(), 0);
+  for (size_t i = 0; i < from.at.size(); ++i) into.at[i] = std::max(into.at[i], from.at[i]);
 }
 void join(Clock& into, const Clock& from) {
-  join(into.at, from.at);
-  if (block.any_fence) join(into.fenced_at, from.fenced_at);
+  join(into.seen, from.seen);
+  if (block.any_fence) join(into.fenced, from.fenced);
+}
+// All that `f` knows, itself included, which its own clock leaves out.
+Clock clock_of(const Fiber& f) {
+  Clock clock = f.clock;
+  const size_t self = f.view.linear;
+  if (clock.seen.at.size() <= self) clock.seen.at.resize(self + 1, 0);
+  clock.seen.at[self] = f.time;
+  return clock;
 }
 
-// Everything a group of threads knows becomes known to each of them, and each starts a new epoch.
+// Everything a group of threads knows becomes known to each of them, and each starts a new time.
 void synchronise(const std::vector<Fiber*>& group) {
-  Clock all = group[0]->clock;
-  if (group.size() == block.fibers.size()) {
-    for (Fiber* f : group)
-      all.at[f->view.linear] = f->clock.at[f->view.linear];  // nobody knows more of a thread than itself
-    if (block.any_fence)
-      for (Fiber* f : group) join(all.fenced_at, f->clock.fenced_at);
-  } else {
-    for (Fiber* f : group) join(all, f->clock);
-  }
+  Clock all;
+  for (Fiber* f : group) join(all, clock_of(*f));
   for (Fiber* f : group) {
     f->clock = all;
-    ++f->clock.at[f->view.linear];
+    ++f->time;
   }
+}
+void synchronise_block() {
+  Clock all;
+  if (block.any_fence)
+    for (Fiber& f : block.fibers) join(all.fenced, f.clock.fenced);
+  all.seen.epoch = block.fibers[0].clock.seen.epoch + 1;
+  for (Fiber& f : block.fibers) f.clock = all;
 }
 
 void yield() {
@@ -98,6 +114,12 @@ void yield() {
 // Lets others run until somebody has cleared what `self` waits for.
 void wait(Fiber* self) {
   while (self->waiting.kind != Waiting::nothing) yield();
+}
+
+std::string describe(const Waiting& w) {
+  char mask[24] = "";
+  if (w.kind == Waiting::collective && w.mask != 0xffffffffu) std::snprintf(mask, sizeof mask, ", mask 0x%08x", w.mask);
+  return w.what + where(w.pc) + mask;
 }
 
 [[noreturn]] void report_deadlock() {
@@ -112,32 +134,29 @@ void wait(Fiber* self) {
     if (first && first->waiting.pc == f.waiting.pc && first->waiting.kind == f.waiting.kind) continue;
     if (shown++ == 8) break;
     first = &f;
-    text += "\n  thread " + std::to_string(f.view.linear) + " waits at " + f.waiting.what + where(f.waiting.pc);
+    text += "\n  thread " + std::to_string(f.view.linear) + " waits at " + describe(f.waiting);
   }
   if (ended)
     text += "\n  " + std::to_string(ended) + " of " + std::to_string(block.fibers.size()) + " threads have ended";
   fault("divergence: " + text);
 }
 
+// A thread that has ended never comes: then the deadlock report says so.
 void try_release_block_barrier() {
-  std::vector<Fiber*> group;
-  for (Fiber& f : block.fibers) {
-    if (f.done) return;  // a thread that ended never comes: the deadlock report says so
-    if (f.waiting.kind != Waiting::block_barrier) return;
-    group.push_back(&f);
-  }
+  if (++block.at_barrier < block.fibers.size()) return;
+  block.at_barrier = 0;
+  const Fiber& first = block.fibers[0];
   int count = 0;
-  for (Fiber* f : group) {
-    if (f->waiting.pc != group[0]->waiting.pc)
-      fault("divergence: thread " + std::to_string(group[0]->view.linear) + " is at the __syncthreads" +
-            where(group[0]->waiting.pc) + ", thread " + std::to_string(f->view.linear) + " at another" +
-            where(f->waiting.pc));
-    count += f->predicate != 0;
+  for (Fiber& f : block.fibers) {
+    if (f.waiting.pc != first.waiting.pc)
+      fault("divergence: thread 0 is at the __syncthreads" + where(first.waiting.pc) + ", thread " +
+            std::to_string(f.view.linear) + " at another" + where(f.waiting.pc));
+    count += f.predicate != 0;
   }
-  synchronise(group);
-  for (Fiber* f : group) {
-    f->barrier_result = count;
-    f->waiting.kind = Waiting::nothing;
+  synchronise_block();
+  for (Fiber& f : block.fibers) {
+    f.barrier_result = count;
+    f.waiting.kind = Waiting::nothing;
   }
 }
 
@@ -236,7 +255,16 @@ void fault(const std::string& message, void* pc) {
   std::_Exit(kFaultExit);
 }
 
-void launch(Dim3 grid, Dim3 block_dim, size_t dynamic_shared_bytes, void (*body)(const void*), const void* context) {
+void allow_dynamic_shared(const void* kernel, size_t bytes) {
+  allowed_shared[kernel] = bytes;
+}
+
+void launch(const void* kernel, Dim3 grid, Dim3 block_dim, size_t dynamic_shared_bytes, void (*body)(const void*),
+            const void* context) {
+  const auto allowed = allowed_shared.find(kernel);
+  if (dynamic_shared_bytes > (allowed == allowed_shared.end() ? kDefaultShared : allowed->second))
+    fault("launch with " + std::to_string(dynamic_shared_bytes) +
+          " bytes of dynamic shared memory, more than cudaFuncSetAttribute has asked for");
   const size_t threads = size_t(block_dim.x) * block_dim.y * block_dim.z;
   if (threads == 0 || threads > 1024)
     fault("launch of " + std::to_string(threads) + " threads a block; 1 to 1024 are possible");
@@ -248,6 +276,7 @@ void launch(Dim3 grid, Dim3 block_dim, size_t dynamic_shared_bytes, void (*body)
       for (unsigned x = 0; x < grid.x; ++x) {
         block.fibers.resize(threads);
         block.any_fence = false;
+        block.at_barrier = 0;
         block.body = body;
         block.context = context;
         block.named.clear();
@@ -264,9 +293,8 @@ void launch(Dim3 grid, Dim3 block_dim, size_t dynamic_shared_bytes, void (*body)
                     int(i / kWarp)};
           f.done = false;
           f.waiting = {};
-          f.clock.at.assign(threads, 0);
-          f.clock.fenced_at.assign(threads, 0);
-          f.clock.at[i] = 1;
+          f.clock = {};
+          f.time = 1;
           f.context.start(stacks[i].get(), kStackBytes, entry);
         }
         run_block();
@@ -311,8 +339,7 @@ void named_barrier(int id, int count, bool wait_for_others, void* pc) {
   if (id < 0 || id > 15) fault("bar.sync: barrier " + std::to_string(id) + " is not in 0..15", pc);
   if (count <= 0 || count % kWarp) fault("bar.sync: " + std::to_string(count) + " threads are not whole warps", pc);
   NamedBarrier& barrier = block.named[id];
-  join(barrier.clock, running->clock);
-  ++running->clock.at[running->view.linear];
+  release(barrier.clock);
   Fiber* const self = running;
   if (wait_for_others) self->waiting = {Waiting::named_barrier, "bar.sync", id, 0, pc, nullptr};
   if (++barrier.arrived == count) {
@@ -333,8 +360,8 @@ void warp_collective(const char* kind, uint32_t mask, void* argument, Collective
   if (!(mask >> self->view.lane & 1)) fault(std::string(kind) + ": the calling lane is not in its mask", pc);
   self->argument = argument;
   self->waiting = {Waiting::collective, kind, 0, mask, pc, nullptr};
-  void* arguments[kWarp] = {};
-  std::vector<Fiber*> group;
+  bool all_here = true;
+  uint32_t present = 0;
   for (int lane = 0; lane < kWarp; ++lane) {
     if (!(mask >> lane & 1)) continue;
     if (first + lane >= threads) {
@@ -342,19 +369,24 @@ void warp_collective(const char* kind, uint32_t mask, void* argument, Collective
       if (mask == 0xffffffffu) continue;
       fault(std::string(kind) + ": lane " + std::to_string(lane) + " of the mask does not exist", pc);
     }
-    Fiber& f = block.fibers[first + lane];
+    const Fiber& f = block.fibers[first + lane];
     if (f.done) fault(std::string(kind) + ": lane " + std::to_string(lane) + " of the mask has ended", pc);
-    if (f.waiting.kind == Waiting::collective && (std::strcmp(f.waiting.what, kind) || f.waiting.mask != mask))
-      fault("divergence: lane " + std::to_string(self->view.lane) + " is at " + kind + where(pc) + ", lane " +
-            std::to_string(lane) + " at " + f.waiting.what + where(f.waiting.pc));
-    group.push_back(&f);
-    arguments[lane] = f.argument;
+    if (f.waiting.kind != Waiting::collective)
+      all_here = false;
+    else if (f.waiting.pc != pc || f.waiting.mask != mask ||
+             (f.waiting.what != kind && std::strcmp(f.waiting.what, kind)))
+      fault("divergence: lane " + std::to_string(self->view.lane) + " is at " + describe(self->waiting) + ", lane " +
+            std::to_string(lane) + " at " + describe(f.waiting));
+    present |= 1u << lane;
   }
-  bool all_here = true;
-  for (Fiber* f : group) all_here &= f->waiting.kind == Waiting::collective;
   if (all_here) {
-    uint32_t present = 0;
-    for (Fiber* f : group) present |= 1u << f->view.lane;
+    void* arguments[kWarp] = {};
+    std::vector<Fiber*> group;
+    for (int lane = 0; lane < kWarp; ++lane)
+      if (present >> lane & 1) {
+        group.push_back(&block.fibers[first + lane]);
+        arguments[lane] = group.back()->argument;
+      }
     muted = true;
     compute(arguments, present);
     muted = false;
@@ -375,22 +407,20 @@ void wait_until(const char* what, const std::function<bool()>& ready, void* pc) 
 }
 
 void release(Clock& clock) {
-  join(clock, running->clock);
-  ++running->clock.at[running->view.linear];
+  join(clock, clock_of(*running));
+  ++running->time;
 }
 void acquire(const Clock& clock) {
   join(running->clock, clock);
 }
 void fence_proxy_async() {
   block.any_fence = true;
-  running->clock.fenced_at = running->clock.at;
-  ++running->clock.at[running->view.linear];
+  running->clock.fenced = clock_of(*running).seen;
+  ++running->time;
 }
 
-void on_behalf_of(const Clock& clock, int linear_thread, const std::function<void()>& work) {
-  Fiber ghost;
-  ghost.view = block.fibers[linear_thread].view;
-  ghost.clock = clock;
+namespace {
+void run_as(Fiber& ghost, const std::function<void()>& work) {
   Fiber* const before = running;
   const bool was_muted = muted;
   running = &ghost;
@@ -398,6 +428,24 @@ void on_behalf_of(const Clock& clock, int linear_thread, const std::function<voi
   work();
   running = before;
   muted = was_muted;
+}
+Fiber ghost_of(const Clock& clock, const ThreadView& view) {
+  Fiber ghost;
+  ghost.view = view;
+  ghost.clock = clock;
+  ghost.time = size_t(view.linear) < clock.seen.at.size() ? clock.seen.at[view.linear] : 0;
+  return ghost;
+}
+}  // namespace
+
+void on_behalf_of(const Clock& clock, int linear_thread, const std::function<void()>& work) {
+  Fiber ghost = ghost_of(clock, block.fibers[linear_thread].view);
+  run_as(ghost, work);
+}
+void since(const Clock& begun, const std::function<void()>& work) {
+  Fiber ghost = ghost_of(begun, running->view);
+  ghost.ends = running->stamp();
+  run_as(ghost, work);
 }
 
 void* block_state_slot(const void* key, void* (*make)(), void (*drop)(void*)) {

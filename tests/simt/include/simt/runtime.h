@@ -38,9 +38,12 @@ struct Options {
 };
 Options& options();  // initialised from SIMT_SCHEDULE (forward | reverse | shuffled) and SIMT_SEED
 
-// Runs thread(context) once for every thread of the grid; it calls the kernel. Neither it nor what it reads is watched:
+// As cudaFuncSetAttribute(cudaFuncAttributeMaxDynamicSharedMemorySize); a launch beyond it, or beyond the 48 KB that
+// need no asking, is a fault.
+void allow_dynamic_shared(const void* kernel, size_t bytes);
+// Runs thread(context) once for every thread of the grid; it calls `kernel`. Neither it nor what it reads is watched:
 // that is the kernel's parameter space.
-void launch(Dim3 grid, Dim3 block, size_t dynamic_shared_bytes, void (*thread)(const void* context),
+void launch(const void* kernel, Dim3 grid, Dim3 block, size_t dynamic_shared_bytes, void (*thread)(const void* context),
             const void* context);
 template <class F>
 __attribute__((no_sanitize("thread"))) void call(const void* f) {
@@ -114,10 +117,21 @@ void access(const void* address, size_t bytes, bool write, void* pc, Proxy proxy
 bool is_shared(const void* address, size_t bytes);
 
 // Happens-before: a release stores the current thread's clock, an acquire joins it. Used by mbarriers and asynchronous
-// copies.
+// copies. A barrier of the whole block ends an epoch: everything before it is known to all, so that clocks hold the
+// times of one epoch only.
+struct Stamp {
+  uint32_t epoch = 0, time = 0;
+  int32_t thread = -1;
+};
+struct Knowledge {
+  uint32_t epoch = 0;
+  std::vector<uint32_t> at;  // the last time in this epoch that is known of each thread; missing: none
+  bool covers(const Stamp& s) const {
+    return s.epoch < epoch || (s.epoch == epoch && size_t(s.thread) < at.size() && at[s.thread] >= s.time);
+  }
+};
 struct Clock {
-  std::vector<uint32_t> at,
-      fenced_at;  // what is known of each thread: all of it, and what its fence.proxy.async covers
+  Knowledge seen, fenced;  // all that is known, and the part that a fence.proxy.async covers
 };
 void release(Clock&);
 void acquire(const Clock&);
@@ -125,6 +139,9 @@ void fence_proxy_async();
 // Runs `work` as if by the thread that had `clock` when it issued the work (asynchronous copies): its accesses are that
 // thread's, at that time.
 void on_behalf_of(const Clock& clock, int linear_thread, const std::function<void()>& work);
+// Runs `work` that the current thread began when it released `begun` and that ends now (cp.async, from its issue to the
+// wait): accesses of others must be ordered before `begun` or after now.
+void since(const Clock& begun, const std::function<void()>& work);
 
 // State that wrappers keep for one block, made anew for every block: block_state<T>() is one T a block.
 void* block_state_slot(const void* key, void* (*make)(), void (*drop)(void*));
