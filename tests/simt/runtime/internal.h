@@ -37,7 +37,7 @@ struct Fiber {
   std::optional<Stamp> ends;  // the stamp of accesses that end later than they begin
 
   bool knows(const Stamp& s) const {
-    return s.thread == view.linear && s.epoch == clock.seen.epoch ? s.time <= time : clock.seen.covers(s);
+    return s.who == view.linear && s.epoch == clock.seen.epoch ? s.time <= time : clock.seen.covers(s);
   }
   Stamp stamp() const { return ends ? *ends : Stamp{clock.seen.epoch, time, view.linear}; }
 };
@@ -52,5 +52,6 @@ void set_stack(const void* low, size_t bytes);
 
 // scheduler.cpp
 std::string where(void* pc);
+std::string name_of(const Stamp&);  // "thread 3", or an agent's name
 
 }  // namespace simt

@@ -39,13 +39,15 @@ std::vector<std::vector<Use>> sets;
 std::map<std::tuple<uint32_t, uint32_t, uint32_t, int32_t, bool, bool>, uint32_t> larger_sets;
 
 uint32_t with_use(uint32_t set, const Use& use) {
-  const auto key = std::make_tuple(set, use.by.epoch, use.by.time, use.by.thread, use.by_async, use.atomic);
+  const auto key = std::make_tuple(set, use.by.epoch, use.by.time, use.by.who, use.by_async, use.atomic);
   const auto [it, fresh] = larger_sets.try_emplace(key, uint32_t(sets.size()));
   if (!fresh) return it->second;
   std::vector<Use> next;
   next.reserve(sets[set].size() + 1);
   for (const Use& u : sets[set])  // of a thread's uses of one kind, the last one says all
-    if (u.by.thread != use.by.thread || u.by_async != use.by_async || u.atomic != use.atomic) next.push_back(u);
+    if (u.by.who != use.by.who || (u.by.epoch == kAgent) != (use.by.epoch == kAgent) || u.by_async != use.by_async ||
+        u.atomic != use.atomic)
+      next.push_back(u);
   next.push_back(use);
   sets.push_back(std::move(next));
   return it->second;
@@ -97,13 +99,12 @@ void check_cell(Cell& cell, uintptr_t a, Access access, Proxy proxy, void* pc) {
   const char* const verb = access == Access::read ? "read" : access == Access::write ? "write" : "atomic";
   const auto check_against = [&](const char* what, const Stamp& by, bool by_async, void* by_pc, bool needs_fence) {
     if (!running->knows(by))
-      fault("race on " + name_shared(a) + ": the " + what + " of thread " + std::to_string(by.thread) + where(by_pc) +
+      fault("race on " + name_shared(a) + ": the " + what + " of " + name_of(by) + where(by_pc) +
                 " is not ordered before this " + verb,
             pc);
     // For the async proxy, a generic write counts only once a fence.proxy.async has covered it.
     if (needs_fence && async && !by_async && !running->clock.fenced.covers(by))
-      fault("missing fence.proxy.async on " + name_shared(a) + ": the " + what + " of thread " +
-                std::to_string(by.thread) + where(by_pc) +
+      fault("missing fence.proxy.async on " + name_shared(a) + ": the " + what + " of " + name_of(by) + where(by_pc) +
                 " through the generic proxy is not visible to this asynchronous " + verb,
             pc);
   };
@@ -187,6 +188,24 @@ void* dynamic_shared() {
 }
 size_t dynamic_shared_bytes() {
   return dynamic_bytes_now;
+}
+
+// The first KiB belongs to the system on sm_90: a descriptor of zeros points at no operand.
+constexpr uint32_t kReserved = 1024;
+
+uint32_t shared_address(const void* address) {
+  const auto offset = reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(dynamic_memory);
+  if (offset >= dynamic_bytes_now)
+    fault("the 32-bit shared address of " + name_of_shared(address) + ": only dynamic shared memory has one here");
+  return uint32_t(offset) + kReserved;
+}
+const void* from_shared_address(uint32_t address) {
+  return dynamic_memory + (ptrdiff_t(address) - ptrdiff_t(kReserved));
+}
+std::string name_of_shared(const void* address) {
+  const auto a = reinterpret_cast<uintptr_t>(address), dynamic = reinterpret_cast<uintptr_t>(dynamic_memory);
+  if (static_shared.holds(a, 1) || (a >= dynamic && a < dynamic + kMaxDynamicShared)) return name_shared(a);
+  return "memory that is not shared";
 }
 
 bool is_shared(const void* address, size_t bytes) {

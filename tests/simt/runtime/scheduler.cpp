@@ -62,20 +62,31 @@ struct BlockState {
     void (*drop)(void*);
   };
   std::map<const void*, Slot> slots;
+  struct Agent {
+    std::string name;
+    uint32_t time;
+  };
+  std::vector<Agent> agents;
 };
 BlockState block;
 std::vector<void (*)()> exit_checks;
+std::vector<bool (*)()> idle_work;
 std::map<const void*, size_t> allowed_shared;  // by kernel
 std::vector<std::unique_ptr<char[]>> stacks;
 
+void join(std::vector<uint32_t>& into, const std::vector<uint32_t>& from) {
+  if (into.size() < from.size()) into.resize(from.size(), 0);
+  for (size_t i = 0; i < from.size(); ++i) into[i] = std::max(into[i], from[i]);
+}
 void join(Knowledge& into, const Knowledge& from) {
-  if (from.epoch < into.epoch) return;  // all of it lies before a barrier of the whole block
-  if (from.epoch > into.epoch) {
-    into = from;
-    return;
+  join(into.agents, from.agents);
+  if (from.epoch < into.epoch) return;  // what it knows of threads lies before a barrier of the whole block
+  if (from.epoch == into.epoch) {
+    join(into.threads, from.threads);
+  } else {
+    into.epoch = from.epoch;
+    into.threads = from.threads;
   }
-  if (into.at.size() < from.at.size()) into.at.resize(from.at.size(), 0);
-  for (size_t i = 0; i < from.at.size(); ++i) into.at[i] = std::max(into.at[i], from.at[i]);
 }
 void join(Clock& into, const Clock& from) {
   join(into.seen, from.seen);
@@ -85,8 +96,8 @@ void join(Clock& into, const Clock& from) {
 Clock clock_of(const Fiber& f) {
   Clock clock = f.clock;
   const size_t self = f.view.linear;
-  if (clock.seen.at.size() <= self) clock.seen.at.resize(self + 1, 0);
-  clock.seen.at[self] = f.time;
+  if (clock.seen.threads.size() <= self) clock.seen.threads.resize(self + 1, 0);
+  clock.seen.threads[self] = f.time;
   return clock;
 }
 
@@ -101,8 +112,10 @@ void synchronise(const std::vector<Fiber*>& group) {
 }
 void synchronise_block() {
   Clock all;
-  if (block.any_fence)
-    for (Fiber& f : block.fibers) join(all.fenced, f.clock.fenced);
+  for (Fiber& f : block.fibers) {
+    if (!block.agents.empty()) join(all.seen.agents, f.clock.seen.agents);
+    if (block.any_fence) join(all.fenced, f.clock.fenced);
+  }
   all.seen.epoch = block.fibers[0].clock.seen.epoch + 1;
   for (Fiber& f : block.fibers) f.clock = all;
 }
@@ -204,7 +217,9 @@ void run_block() {
       all_done &= f.done;
     }
     if (all_done) return;
-    if (!ran) report_deadlock();
+    if (ran) continue;
+    const bool progress = std::any_of(idle_work.begin(), idle_work.end(), [](bool (*work)()) { return work(); });
+    if (!progress) report_deadlock();
   }
 }
 
@@ -247,7 +262,7 @@ void fault(const std::string& message, void* pc) {
   if (running) {
     const ThreadView& v = running->view;
     who = "block (" + std::to_string(v.block.x) + "," + std::to_string(v.block.y) + "," + std::to_string(v.block.z) +
-          ") thread " + std::to_string(v.linear) + ": ";
+          ") " + name_of(running->stamp()) + ": ";
   }
   std::fflush(stdout);
   std::fprintf(stderr, "simt: %s%s%s\n", who.c_str(), message.c_str(), where(pc).c_str());
@@ -280,6 +295,7 @@ void launch(const void* kernel, Dim3 grid, Dim3 block_dim, size_t dynamic_shared
         block.body = body;
         block.context = context;
         block.named.clear();
+        block.agents.clear();
         begin_block(dynamic_shared_bytes);
         for (size_t i = 0; i < threads; ++i) {
           Fiber& f = block.fibers[i];
@@ -433,7 +449,8 @@ Fiber ghost_of(const Clock& clock, const ThreadView& view) {
   Fiber ghost;
   ghost.view = view;
   ghost.clock = clock;
-  ghost.time = size_t(view.linear) < clock.seen.at.size() ? clock.seen.at[view.linear] : 0;
+  const std::vector<uint32_t>& known = clock.seen.threads;
+  ghost.time = size_t(view.linear) < known.size() ? known[view.linear] : 0;
   return ghost;
 }
 }  // namespace
@@ -446,6 +463,40 @@ void since(const Clock& begun, const std::function<void()>& work) {
   Fiber ghost = ghost_of(begun, running->view);
   ghost.ends = running->stamp();
   run_as(ghost, work);
+}
+
+int new_agent(const std::string& name) {
+  block.agents.push_back({name, 0});
+  return int(block.agents.size()) - 1;
+}
+void run_agent(int agent, Clock& knows, const std::function<void()>& work) {
+  const uint32_t time = ++block.agents[agent].time;
+  Fiber ghost;
+  ghost.view.block = block.fibers[0].view.block;
+  ghost.view.linear = -1;  // no thread: an agent's accesses are in no order, until a wait has told who issues the next
+  ghost.clock = knows;
+  ghost.ends = Stamp{kAgent, time, agent};
+  run_as(ghost, work);
+  std::vector<uint32_t>& known = knows.seen.agents;
+  if (known.size() <= size_t(agent)) known.resize(agent + 1, 0);
+  known[agent] = time;
+}
+Clock release_warp() {
+  Clock all;
+  for (Fiber& f : block.fibers)
+    if (f.view.warp == running->view.warp) {
+      join(all, clock_of(f));
+      ++f.time;
+    }
+  return all;
+}
+
+std::string name_of(const Stamp& s) {
+  return s.epoch == kAgent ? block.agents[s.who].name : "thread " + std::to_string(s.who);
+}
+
+void at_idle(bool (*progress)()) {
+  if (std::find(idle_work.begin(), idle_work.end(), progress) == idle_work.end()) idle_work.push_back(progress);
 }
 
 void* block_state_slot(const void* key, void* (*make)(), void (*drop)(void*)) {

@@ -121,13 +121,16 @@ bool is_shared(const void* address, size_t bytes);
 // times of one epoch only.
 struct Stamp {
   uint32_t epoch = 0, time = 0;
-  int32_t thread = -1;
+  int32_t who = -1;  // thread, or agent (epoch kAgent: no barrier of the block orders what an agent does)
 };
+constexpr uint32_t kAgent = 0xffffffffu;
 struct Knowledge {
   uint32_t epoch = 0;
-  std::vector<uint32_t> at;  // the last time in this epoch that is known of each thread; missing: none
+  std::vector<uint32_t> threads, agents;  // the last time (for threads, in this epoch) that is known of each; or none
   bool covers(const Stamp& s) const {
-    return s.epoch < epoch || (s.epoch == epoch && size_t(s.thread) < at.size() && at[s.thread] >= s.time);
+    if (s.epoch < epoch) return true;
+    const std::vector<uint32_t>& known = s.epoch == kAgent ? agents : threads;
+    return (s.epoch == epoch || s.epoch == kAgent) && size_t(s.who) < known.size() && known[s.who] >= s.time;
   }
 };
 struct Clock {
@@ -142,6 +145,23 @@ void on_behalf_of(const Clock& clock, int linear_thread, const std::function<voi
 // Runs `work` that the current thread began when it released `begun` and that ends now (cp.async, from its issue to the
 // wait): accesses of others must be ordered before `begun` or after now.
 void since(const Clock& begun, const std::function<void()>& work);
+
+// An agent is an asynchronous engine (the copies of one mbarrier, a warp's wgmma, a thread's bulk stores): a
+// participant of its own, of whose accesses nobody knows until a wait tells. Agents are made anew for every block.
+int new_agent(const std::string& name);
+// Runs `work`, whose accesses are the agent's, at a new time of its own and knowing what `knows` knows; then adds that
+// time to `knows`, for the completion to hand on.
+void run_agent(int agent, Clock& knows, const std::function<void()>& work);
+// release() by all lanes of the current warp at once: what they know together.
+Clock release_warp();
+
+// Called when no thread of the block can go on: completes one piece of asynchronous work, or says that there is none.
+void at_idle(bool (*progress)());
+
+// The address that a 32-bit shared-memory operand or a matrix descriptor holds; dynamic shared memory only.
+uint32_t shared_address(const void*);
+const void* from_shared_address(uint32_t);
+std::string name_of_shared(const void* address);  // for messages
 
 // State that wrappers keep for one block, made anew for every block: block_state<T>() is one T a block.
 void* block_state_slot(const void* key, void* (*make)(), void (*drop)(void*));
