@@ -12,8 +12,8 @@
 namespace slk::cuda {
 
 // Row-major bf16 matrices; lda, ldb, ldc are the distances of rows in elements (>= k, k, n).
-// Any m, n, k >= 0; k = 0 gives C = 0. Rows start at multiples of 16 bytes: a, b, c are 16-byte aligned and lda, ldb,
-// ldc multiples of 8. Nothing is read beyond column k of A and B, nothing is written beyond column n of C.
+// m, n, k >= 0 and below 2^31; k = 0 gives C = 0. Rows start at multiples of 16 bytes: a, b, c are 16-byte aligned and
+// lda, ldb, ldc multiples of 8. Nothing is read beyond column k of A and B, nothing is written beyond column n of C.
 struct GemmArgs {
   const void* a;
   const void* b;
@@ -23,7 +23,8 @@ struct GemmArgs {
 
 // What every launcher returns before it launches anything.
 inline cudaError_t check_gemm_args(const GemmArgs& g) {
-  if (g.m < 0 || g.n < 0 || g.k < 0 || g.lda < g.k || g.ldb < g.k || g.ldc < g.n) return cudaErrorInvalidValue;
+  const auto fits = [](int64_t size, int64_t ld, int64_t row) { return size >= 0 && size <= INT32_MAX && ld >= row; };
+  if (!fits(g.m, g.lda, g.k) || !fits(g.n, g.ldb, g.k) || !fits(g.k, g.ldc, g.n)) return cudaErrorInvalidValue;
   const auto unaligned = [](const void* p, int64_t ld) { return reinterpret_cast<uintptr_t>(p) % 16 || ld % 8; };
   if (unaligned(g.a, g.lda) || unaligned(g.b, g.ldb) || unaligned(g.c, g.ldc)) return cudaErrorMisalignedAddress;
   return cudaSuccess;

@@ -4,14 +4,15 @@
 
 #define SLK_SIMT 1
 
-// Static shared memory is thread-local storage: `__shared__ float a[64];` becomes a block-scope static that lies in one
-// segment, whose address range the runtime knows, poisons before every block, and watches. (Blocks run one after
-// another.)
-#define __shared__ thread_local
-
 #include <cuda_runtime_api.h>
 #include <vector_functions.h>
 #include <vector_types.h>
+
+// Static shared memory is thread-local storage: `__shared__ float a[64];` becomes a block-scope static that lies in one
+// segment, whose address range the runtime knows, poisons before every block, and watches. (Blocks run one after
+// another.)
+#undef __shared__
+#define __shared__ thread_local
 
 #include <cstddef>
 #include <cstdint>
