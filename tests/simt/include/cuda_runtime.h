@@ -10,9 +10,9 @@
 
 // Static shared memory is thread-local storage: `__shared__ float a[64];` becomes a block-scope static that lies in one
 // segment, whose address range the runtime knows, poisons before every block, and watches. (Blocks run one after
-// another.)
+// another.) __constinit: without it, classes such as __nv_bfloat16 would bring a guard variable into that segment.
 #undef __shared__
-#define __shared__ thread_local
+#define __shared__ __constinit thread_local
 
 #include <cstddef>
 #include <cstdint>

@@ -24,6 +24,8 @@
 
 #define SIMT_NOINLINE inline __attribute__((noinline, no_sanitize("thread")))
 #define SIMT_HERE __builtin_return_address(0)
+// For functions that return a struct: the compiler's instrumentation overlooks the store in `shared[i] = call()`.
+#define SIMT_INLINE inline __attribute__((always_inline))
 
 // ---- barriers
 // --------------------------------------------------------------------------------------------------------
@@ -68,14 +70,19 @@ inline void run_shuffle(void* const* lanes, uint32_t mask) {
     }
   }
 }
+SIMT_NOINLINE uint64_t shuffle_bits(const char* kind, uint32_t mask, uint64_t value, int source) {
+  Shuffle s = {value, source, 0};
+  warp_collective(kind, mask, &s, run_shuffle, false, SIMT_HERE);
+  return s.result;
+}
 template <class T>
-T shuffle(const char* kind, uint32_t mask, T value, int source, void* pc) {
-  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>, "shuffles move up to 8 bytes");
-  Shuffle s = {0, source, 0};
-  std::memcpy(&s.value, &value, sizeof(T));
-  warp_collective(kind, mask, &s, run_shuffle, false, pc);
+SIMT_INLINE T shuffle(const char* kind, uint32_t mask, T value, int source) {
+  static_assert(sizeof(T) <= 8, "shuffles move up to 8 bytes");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = shuffle_bits(kind, mask, bits, source);
   T result;
-  std::memcpy(&result, &s.result, sizeof(T));
+  std::memcpy(static_cast<void*>(&result), &bits, sizeof(T));
   return result;
 }
 struct Vote {
@@ -101,27 +108,26 @@ inline int segment_source(int lane, int target, int width) {
 }  // namespace simt
 
 template <class T>
-SIMT_NOINLINE T __shfl_sync(uint32_t mask, T value, int source, int width = 32) {
+SIMT_INLINE T __shfl_sync(uint32_t mask, T value, int source, int width = 32) {
   const int first = simt::lane() / width * width;
-  return simt::shuffle("__shfl_sync", mask, value, first + (source & (width - 1)), SIMT_HERE);
+  return simt::shuffle("__shfl_sync", mask, value, first + (source & (width - 1)));
 }
 template <class T>
-SIMT_NOINLINE T __shfl_up_sync(uint32_t mask, T value, unsigned delta, int width = 32) {
+SIMT_INLINE T __shfl_up_sync(uint32_t mask, T value, unsigned delta, int width = 32) {
   const int lane = simt::lane();
-  return simt::shuffle("__shfl_up_sync", mask, value, simt::segment_source(lane, lane - int(delta), width), SIMT_HERE);
+  return simt::shuffle("__shfl_up_sync", mask, value, simt::segment_source(lane, lane - int(delta), width));
 }
 template <class T>
-SIMT_NOINLINE T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int width = 32) {
+SIMT_INLINE T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int width = 32) {
   const int lane = simt::lane();
-  return simt::shuffle("__shfl_down_sync", mask, value, simt::segment_source(lane, lane + int(delta), width),
-                       SIMT_HERE);
+  return simt::shuffle("__shfl_down_sync", mask, value, simt::segment_source(lane, lane + int(delta), width));
 }
 template <class T>
-SIMT_NOINLINE T __shfl_xor_sync(uint32_t mask, T value, int lane_mask, int width = 32) {
+SIMT_INLINE T __shfl_xor_sync(uint32_t mask, T value, int lane_mask, int width = 32) {
   const int lane = simt::lane();
   // Guide: a target in an earlier segment may be read, one in a later segment gives the own value.
   const int target = lane ^ lane_mask;
-  return simt::shuffle("__shfl_xor_sync", mask, value, target >= (lane / width + 1) * width ? -1 : target, SIMT_HERE);
+  return simt::shuffle("__shfl_xor_sync", mask, value, target >= (lane / width + 1) * width ? -1 : target);
 }
 SIMT_NOINLINE uint32_t __ballot_sync(uint32_t mask, int predicate) {
   return simt::vote("__ballot_sync", mask, predicate, SIMT_HERE);
@@ -228,8 +234,7 @@ inline float __fmaf_rn(float a, float b, float c) {
   return std::fma(a, b, c);
 }
 template <class T>
-SIMT_NOINLINE T __ldg(const T* p) {
-  simt::access(p, sizeof(T), false, SIMT_HERE);
+SIMT_INLINE T __ldg(const T* p) {
   return *p;
 }
 using std::max;
