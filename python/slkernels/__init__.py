@@ -14,6 +14,7 @@ except ImportError as error:
         "If it was installed as a wheel, the wheel must match this Python, and torch must be >= 2.10."
     ) from error
 
+from .gemm import gemm
 from .lowrank import lowrank_linear
 from .sl import sl_linear
 from .sparse import (
@@ -41,6 +42,7 @@ __all__ = [
     "check_support",
     "compose",
     "gather_support",
+    "gemm",
     "lowrank_linear",
     "random_blocks8",
     "random_support",
