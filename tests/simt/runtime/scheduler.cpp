@@ -238,22 +238,24 @@ Options& options() {
   return options;
 }
 
+// The line of the source, and behind it the lines that it was inlined into: " (mma.h:40 < gemm.cu:12)".
 std::string where(void* pc) {
-  if (!pc) return "";
-  char command[512], line[1024] = "";
-  char path[256];
+  constexpr int kFrames = 4;
+  char path[256], command[512], line[1024];
   const ssize_t length = readlink("/proc/self/exe", path, sizeof path - 1);
-  if (length <= 0) return "";
+  if (!pc || length <= 0) return "";
   path[length] = 0;
   // A return address points behind the call: look one byte before. Test programs are linked at a fixed address.
-  std::snprintf(command, sizeof command, "addr2line -s -e '%s' %p 2>/dev/null", path, static_cast<char*>(pc) - 1);
+  std::snprintf(command, sizeof command, "addr2line -s -i -e '%s' %p 2>/dev/null", path, static_cast<char*>(pc) - 1);
+  std::string text;
   if (FILE* pipe = popen(command, "r")) {
-    if (!std::fgets(line, sizeof line, pipe)) line[0] = 0;
+    for (int frame = 0; frame < kFrames && std::fgets(line, sizeof line, pipe) && line[0] != '?'; ++frame) {
+      line[std::strcspn(line, " \n")] = 0;  // and the "(discriminator 2)" behind
+      text += (frame ? " < " : "") + std::string(line);
+    }
     pclose(pipe);
   }
-  std::string text = line;
-  while (!text.empty() && text.back() == '\n') text.pop_back();
-  return text.empty() || text[0] == '?' ? "" : " (" + text + ")";
+  return text.empty() ? "" : " (" + text + ")";
 }
 
 void fault(const std::string& message, void* pc) {
