@@ -74,7 +74,7 @@ __global__ void scatter_kernel(SupportSampler sampler, int32_t* cursor, int32_t*
 
 template <class Col>
 __global__ void sort_kernel(int64_t m, const int32_t* crow, const int32_t* unsorted, Col* col, int words) {
-  extern __shared__ uint32_t bitmap[];  // [words]
+  uint32_t* bitmap = dynamic_shared<uint32_t>();  // [words]
   __shared__ int sums[kThreads / 32];
   const int64_t row = blockIdx.x;
   const int begin = crow[row], end = crow[row + 1];

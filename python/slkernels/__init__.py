@@ -15,6 +15,7 @@ except ImportError as error:
     ) from error
 
 from . import convert, nn, optim
+from .gemm import gemm
 from .lowrank import lowrank_linear
 from .optim import adam_q_, dequantize_block, quantize_block
 from .sl import sl_linear
@@ -48,6 +49,7 @@ __all__ = [
     "convert",
     "dequantize_block",
     "gather_support",
+    "gemm",
     "lowrank_linear",
     "nn",
     "optim",

@@ -1,0 +1,90 @@
+// Family `gemm` at the torch boundary.
+#ifdef SLKERNELS_WITH_CUDA
+#include "torch/stream.h"
+#endif
+#include "slkernels/gemm.h"
+#include "torch/tensor.h"
+
+namespace slk {
+namespace {
+
+constexpr const char* kOp = "gemm";
+
+void check_gemm(const Tensor& a, const Tensor& b, const std::string& kernel) {
+  check(a.dim() == 2, kOp, "a must be [m, k], got ", show(a));
+  check(b.dim() == 2 && b.size(1) == a.size(1), kOp, "b must be [n, ", a.size(1), "], got ", show(b));
+  check(a.scalar_type() == ScalarType::BFloat16, kOp, "a must be bfloat16, got ", show(a.scalar_type()));
+  check_same_dtype(kOp, "b", b, "a", a);
+  check_same_device(kOp, "b", b, "a", a);
+  check(kernel == "auto" || kernel == "sm80" || kernel == "sm90", kOp, "kernel must be auto, sm80 or sm90, got ",
+        kernel);
+}
+
+Tensor gemm_cpu(const Tensor& a, const Tensor& b, std::string kernel) {
+  check_gemm(a, b, kernel);
+  check(kernel == "auto", kOp, "kernel ", kernel, " needs CUDA tensors");
+  const Tensor c = empty_like_shape(a, {a.size(0), b.size(0)});
+  addmm_out(c, c, a, t2(b), 0, 1);
+  return c;
+}
+
+#ifdef SLKERNELS_WITH_CUDA
+
+// Row-major with rows that start at multiples of 16 bytes, as the kernels read them: the tensor itself, or a copy with
+// rows padded to a multiple of 8 elements.
+Tensor with_aligned_rows(const Tensor& t) {
+  const bool unit = t.stride(1) == 1 || t.size(1) <= 1;
+  const bool rows = t.size(0) <= 1 || (t.stride(0) % 8 == 0 && t.stride(0) >= t.size(1));
+  if (unit && rows && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0) return t;
+  Tensor padded = empty_like_shape(t, {t.size(0), round_up(t.size(1), 8)});
+  Tensor view = torch::stable::narrow(padded, 1, 0, t.size(1));
+  torch::stable::copy_(view, t);
+  return view;
+}
+// A single row has no distance to the next: torch may give any stride, the kernels ask for an aligned one.
+int64_t row_distance(const Tensor& t) {
+  return t.size(0) <= 1 ? round_up(t.size(1), 8) : t.stride(0);
+}
+
+int compute_capability(int32_t device) {
+  int major = 0, minor = 0;
+  check_cuda(kOp, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  check_cuda(kOp, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  return 10 * major + minor;
+}
+
+Tensor gemm_cuda(const Tensor& a, const Tensor& b, std::string kernel) {
+  check_gemm(a, b, kernel);
+  const int32_t device = a.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const int capability = compute_capability(device);
+  check(capability >= 80, kOp, "needs a GPU of compute capability 8.0 or newer, got ", capability / 10, ".",
+        capability % 10);
+  check(kernel != "sm90" || capability == 90, kOp, "kernel sm90 needs a GPU of compute capability 9.0, got ",
+        capability / 10, ".", capability % 10);
+  const bool hopper = kernel == "sm90" || (kernel == "auto" && capability == 90);
+  const int64_t m = a.size(0), n = b.size(0), k = a.size(1);
+  const Tensor rows_a = with_aligned_rows(a), rows_b = with_aligned_rows(b);
+  Tensor rows_c = empty_like_shape(a, {m, round_up(n, 8)});
+  const cuda::GemmArgs args = {
+      rows_a.const_data_ptr(), rows_b.const_data_ptr(), rows_c.mutable_data_ptr(), m, n, k, row_distance(rows_a),
+      row_distance(rows_b),    round_up(n, 8)};
+  const cudaStream_t stream = current_stream(kOp, device);
+  check_cuda(kOp, hopper ? cuda::launch_gemm_sm90(args, stream) : cuda::launch_gemm_sm80(args, stream));
+  return n % 8 ? torch::stable::contiguous(torch::stable::narrow(rows_c, 1, 0, n)) : rows_c;
+}
+
+#endif
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(slkernels, CPU, m) {
+  m.impl("gemm", TORCH_BOX(&gemm_cpu));
+}
+#ifdef SLKERNELS_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(slkernels, CUDA, m) {
+  m.impl("gemm", TORCH_BOX(&gemm_cuda));
+}
+#endif
+
+}  // namespace slk
