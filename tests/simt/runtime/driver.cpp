@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "simt/runtime.h"
 #include "tensor_map.h"
 
 namespace {
@@ -89,6 +90,26 @@ cudaError_t cudaGetDevice(int* device) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   if (attribute != cudaDevAttrMultiProcessorCount) return cudaErrorInvalidValue;
   *value = 2;
+  return cudaSuccess;
+}
+
+cudaError_t cudaMalloc(void** p, size_t bytes) {
+  *p = simt::device_malloc(bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaFree(void* p) {
+  if (p) simt::device_free(p);
+  return cudaSuccess;
+}
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaMemset(void* p, int value, size_t bytes) {
+  std::memset(p, value, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceSynchronize() {
   return cudaSuccess;
 }
 
