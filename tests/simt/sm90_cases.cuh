@@ -119,8 +119,9 @@ void store_tile(const cuda::TensorMap<kRank>& tensor, At at, const std::vector<u
   CUtensorMap map;
   check(cuda::encode(tensor, &map), "tensor map");
   DeviceArray<uint32_t> in(tile);
-  check(cuda::launch(store_kernel<kRank>, 1, 128, tile.size() * 4, nullptr, map, at, uint32_t(tile.size() * 4), in.get()),
-        "store_kernel");
+  check(
+      cuda::launch(store_kernel<kRank>, 1, 128, tile.size() * 4, nullptr, map, at, uint32_t(tile.size() * 4), in.get()),
+      "store_kernel");
   check(cudaDeviceSynchronize(), "store_kernel");
 }
 
@@ -171,8 +172,7 @@ __global__ void __launch_bounds__(128, 1)
   float sum[N / 2];
   ptx::wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < kK; k += 16)
-    ptx::wgmma_bf16<N>(sum, ptx::advance(a_at, 2 * k), ptx::advance(b_at, 2 * k), k > 0);
+  for (int k = 0; k < kK; k += 16) ptx::wgmma_bf16<N>(sum, ptx::advance(a_at, 2 * k), ptx::advance(b_at, 2 * k), k > 0);
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
   for (int i = 0; i < N / 2; ++i) out[int(threadIdx.x) * (N / 2) + i] = sum[i];
@@ -180,8 +180,12 @@ __global__ void __launch_bounds__(128, 1)
 
 inline cuda::TensorMap<2> rows_map(const __nv_bfloat16* base, int rows, int k, ptx::Swizzle swizzle) {
   const uint32_t box = swizzle == ptx::Swizzle::none ? 8 : uint32_t(k);
-  return {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, base, {uint64_t(k), uint64_t(rows)}, {2, uint64_t(k) * 2},
-          {box, uint32_t(rows)}, map_swizzle(swizzle)};
+  return {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+          base,
+          {uint64_t(k), uint64_t(rows)},
+          {2, uint64_t(k) * 2},
+          {box, uint32_t(rows)},
+          map_swizzle(swizzle)};
 }
 
 // a [64, K], b [N, K] in bf16's bits, K = row_values(kSwizzle); the result is [128 threads, N / 2 registers].

@@ -1,4 +1,5 @@
-// The host bodies of the sm_90a wrappers against what the manual says, written down once more and differently.
+// The sm_90a wrappers against what the manual says, written down once more and differently. Under the harness this is a
+// test of the host bodies; compiled by nvcc for sm_90a, of the hardware.
 #include <cuda_runtime.h>
 
 #include <cmath>
@@ -8,7 +9,6 @@
 #include <utility>
 #include <vector>
 
-#include "simt/runtime.h"
 #include "sm90_cases.cuh"
 
 using namespace slk;
@@ -53,8 +53,9 @@ __global__ void ring_kernel(int phases, int* out) {
 
 void test_mbarrier() {
   const int phases = 5;
-  simt::Buffer<int> out(phases * 32);
-  cuda::launch(ring_kernel, 1, 64, 32 * 4 + 16, nullptr, phases, out.get());
+  sm90::DeviceArray<int> device(phases * 32);
+  cuda::launch(ring_kernel, 1, 64, 32 * 4 + 16, nullptr, phases, device.get());
+  const std::vector<int> out = device.host();
   for (int p = 0; p < phases; ++p)
     for (int lane = 0; lane < 32; ++lane)
       expect(out[p * 32 + lane] == 100 * p + 31 - lane, "mbarrier ring, phase " + std::to_string(p));
@@ -77,16 +78,17 @@ __global__ void roles_kernel(int* out) {
 }
 
 void test_roles() {
-  simt::Buffer<int> out(32);
-  cuda::launch(roles_kernel, 1, 96, 4, nullptr, out.get());
+  sm90::DeviceArray<int> device(32);
+  cuda::launch(roles_kernel, 1, 96, 4, nullptr, device.get());
+  const std::vector<int> out = device.host();
   for (int i = 0; i < 32; ++i) expect(out[i] == 7, "elect.sync and named barriers");
 }
 
 // ---- TMA
 // --------------------------------------------------------------------------------------------------------------------
 
-// CUDA C++ Programming Guide, "Tensor Memory Access: swizzle": the 16-byte unit j of row i (rows of 128 bytes, whatever the
-// swizzle) lies at j ^ (i % 8) under 128 bytes, at j ^ (i % 4 * 1 -> bits 7, 8) under 64, and so on; said with tables.
+// CUDA C++ Programming Guide, "Swizzle": in lines of 128 bytes, whatever the row, 16-byte units change places with
+// units of the same 128, 64 or 32 bytes, and line i of 8, 4 or 2 gives which.
 size_t swizzled(size_t offset, CUtensorMapSwizzle swizzle) {
   const size_t unit = offset / 16 % 8, line = offset / 128;
   size_t other = unit;
@@ -101,8 +103,8 @@ void test_tma_2d(CUtensorMapSwizzle swizzle, uint32_t columns) {
   std::vector<uint16_t> host(rows * 96);
   for (size_t i = 0; i < host.size(); ++i) host[i] = uint16_t(i + 1);
   sm90::DeviceArray<uint16_t> device(host);
-  const cuda::TensorMap<2> tensor = {CU_TENSOR_MAP_DATA_TYPE_UINT16, device.get(), {width, rows}, {2, 96 * 2},
-                                     {columns, 16}, swizzle};
+  const cuda::TensorMap<2> tensor = {
+      CU_TENSOR_MAP_DATA_TYPE_UINT16, device.get(), {width, rows}, {2, 96 * 2}, {columns, 16}, swizzle};
   for (const At at : {At{0, 0, 0}, At{40, 8, 0}, At{-5, -3, 0}, At{80, 20, 0}, At{200, 0, 0}}) {
     const std::vector<uint32_t> words = sm90::load_tile(tensor, at);
     std::vector<uint16_t> tile(words.size() * 2);
@@ -114,7 +116,8 @@ void test_tma_2d(CUtensorMapSwizzle swizzle, uint32_t columns) {
         const uint16_t want = y >= 0 && y < rows && x >= 0 && x < width ? host[y * 96 + x] : uint16_t(0);
         same &= tile[swizzled((size_t(r) * columns + c) * 2, swizzle) / 2] == want;
       }
-    const std::string name = "swizzle " + std::to_string(swizzle) + " at " + std::to_string(at.x) + "," + std::to_string(at.y);
+    const std::string name =
+        "swizzle " + std::to_string(swizzle) + " at " + std::to_string(at.x) + "," + std::to_string(at.y);
     expect(same, "TMA load, " + name);
 
     // And back, into a tensor of its own.
@@ -137,8 +140,9 @@ void test_tma_3d() {
   std::vector<float> host(3 * 10 * 8);
   for (size_t i = 0; i < host.size(); ++i) host[i] = float(i + 1);
   sm90::DeviceArray<float> device(host);
-  const cuda::TensorMap<3> tensor = {CU_TENSOR_MAP_DATA_TYPE_FLOAT32, device.get(), {8, 10, 3}, {4, 8 * 4, 80 * 4},
-                                     {4, 4, 2}, CU_TENSOR_MAP_SWIZZLE_NONE};
+  const cuda::TensorMap<3> tensor = {
+      CU_TENSOR_MAP_DATA_TYPE_FLOAT32, device.get(), {8, 10, 3}, {4, 8 * 4, 80 * 4}, {4, 4, 2},
+      CU_TENSOR_MAP_SWIZZLE_NONE};
   const At at = {4, 8, 2};
   const std::vector<uint32_t> words = sm90::load_tile(tensor, at);
   bool same = true;
