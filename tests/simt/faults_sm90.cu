@@ -1,14 +1,11 @@
-// Planted faults: a small warp-specialised GEMM, and each thing that one can forget in it. The harness must report
-// every one of them, under every schedule; tests/test_simt_sm90.py holds it to that.
-//
-//   faults_sm90 --list     one line a fault: name, tab, what the report says
-//   faults_sm90 <name>     runs with that fault; "none" must succeed
+// Planted faults of the sm_90a wrappers: a small warp-specialised GEMM, and each thing that one can forget in it.
+// Without the fault it is sound, and all of them share that twin.
 #include <cuda_bf16.h>
 
-#include <cstdio>
 #include <cstring>
-#include <string>
+#include <vector>
 
+#include "faults.h"
 #include "sm90_cases.cuh"
 
 using namespace slk;
@@ -54,46 +51,6 @@ enum Fault : int {
   initialised_twice,
   load_never_awaited,
   unaligned_tile,
-};
-
-struct Planted {
-  Fault fault;
-  const char* name;
-  const char* report;
-};
-const Planted kFaults[] = {
-    {no_wgmma_wait, "no_wgmma_wait", "the thread ends with wgmma in flight"},
-    {wgmma_wait_after_use, "wgmma_wait_after_use", "wrong numbers"},
-    {no_first_wgmma_fence, "no_first_wgmma_fence", "missing wgmma.fence before the first wgmma"},
-    {no_wgmma_fence_after_touch, "no_wgmma_fence_after_touch", "missing wgmma.fence: the accumulators were written"},
-    {touched_in_flight, "touched_in_flight", "accumulators were written while"},
-    {no_wgmma_commit, "no_wgmma_commit", "wgmma.commit_group never committed"},
-    {no_store_fence, "no_store_fence", "missing fence.proxy.async"},
-    {no_store_commit, "no_store_commit", "cp.async.bulk.commit_group never committed"},
-    {no_store_wait, "no_store_wait", "the thread ends with a TMA store in flight"},
-    {staging_rewritten, "staging_rewritten", "race on dynamic shared memory"},
-    {no_full_wait, "no_full_wait", "dynamic shared memory"},
-    {no_empty_arrival, "no_empty_arrival", "deadlock: no thread of the block can go on"},
-    {no_expect_arrival, "no_expect_arrival", "mbarrier at dynamic shared memory + "},
-    {too_many_arrivals, "too_many_arrivals", "arrival count underflow"},
-    {expects_too_much, "expects_too_much", "16 bytes expected"},
-    {expects_too_little, "expects_too_little", "transaction count underflow: 16 bytes more"},
-    {early_empty_arrival, "early_empty_arrival", "race on dynamic shared memory"},
-    {one_warp_speaks_for_all, "one_warp_speaks_for_all", "race on dynamic shared memory"},
-    {no_empty_wait, "no_empty_wait", "dynamic shared memory"},
-    {wrong_consumer_parity, "wrong_consumer_parity", "dynamic shared memory"},
-    {wrong_producer_parity, "wrong_producer_parity", "deadlock: no thread of the block can go on"},
-    {wrong_descriptor_swizzle, "wrong_descriptor_swizzle", "wrong numbers"},
-    {wrong_descriptor_stride, "wrong_descriptor_stride", "wrong numbers"},
-    {descriptor_outside, "descriptor_outside", "past the "},
-    {warps_disagree, "warps_disagree", "gives other operands than the first warp"},
-    {half_a_warpgroup, "half_a_warpgroup", "not all warps of the warpgroup have issued"},
-    {no_init_fence, "no_init_fence", "missing fence.mbarrier_init"},
-    {no_init_barrier, "no_init_barrier", "dynamic shared memory + 409"},
-    {uninitialised, "uninitialised", "wait on an uninitialised mbarrier"},
-    {initialised_twice, "initialised_twice", "mbarrier.init of a live mbarrier"},
-    {load_never_awaited, "load_never_awaited", "transaction count"},
-    {unaligned_tile, "unaligned_tile", "is not 128-byte aligned"},
 };
 
 struct Shared {
@@ -197,7 +154,7 @@ __global__ void __launch_bounds__(256, 1)
     produce(s, &a, &b, fault);
 }
 
-int run(Fault fault) {
+bool product_is_right(Fault fault) {
   std::vector<uint16_t> a(kTile * kK), b(kTile * kK);
   const auto value = [](size_t i) { return float(int(i * 2654435761u >> 7 & 7) - 3); };
   const auto bits = [](float f) {
@@ -231,28 +188,58 @@ int run(Fault fault) {
               "shared memory");
   sm90::check(cuda::launch(faulty_kernel, 1, 256, sizeof(Shared), nullptr, a_map, b_map, c_map, fault), "launch");
   const std::vector<float> got = c.host();
-  int wrong = 0;
   for (int i = 0; i < kTile; ++i)
     for (int j = 0; j < kTile; ++j) {
       float want = 0;
       for (int k = 0; k < kK; ++k) want += value(size_t(i) * kK + k) * value(size_t(j) * kK + k + 12345);
-      wrong += got[i * kTile + j] != want;
+      if (got[i * kTile + j] != want) return false;
     }
-  if (!wrong) return 0;
-  std::fprintf(stderr, "%d of %d wrong numbers\n", wrong, kTile * kTile);
-  return 1;
+  return true;
 }
+
+template <Fault fault>
+bool run(bool planted) {
+  return product_is_right(planted ? fault : none);
+}
+
+const faults::Fault table[] = {
+    {"no_wgmma_wait", "the thread ends with wgmma in flight", run<no_wgmma_wait>},
+    {"wgmma_wait_after_use", "differs from the reference", run<wgmma_wait_after_use>},
+    {"no_first_wgmma_fence", "missing wgmma.fence before the first wgmma", run<no_first_wgmma_fence>},
+    {"no_wgmma_fence_after_touch", "missing wgmma.fence: the accumulators were written",
+     run<no_wgmma_fence_after_touch>},
+    {"touched_in_flight", "accumulators were written while", run<touched_in_flight>},
+    {"no_wgmma_commit", "wgmma.commit_group never committed", run<no_wgmma_commit>},
+    {"no_store_fence", "missing fence.proxy.async", run<no_store_fence>},
+    {"no_store_commit", "cp.async.bulk.commit_group never committed", run<no_store_commit>},
+    {"no_store_wait", "the thread ends with a TMA store in flight", run<no_store_wait>},
+    {"staging_rewritten", "race on dynamic shared memory", run<staging_rewritten>},
+    {"no_full_wait", "dynamic shared memory", run<no_full_wait>},
+    {"no_empty_arrival", "deadlock: no thread of the block can go on", run<no_empty_arrival>},
+    {"no_expect_arrival", "mbarrier at dynamic shared memory + ", run<no_expect_arrival>},
+    {"too_many_arrivals", "arrival count underflow", run<too_many_arrivals>},
+    {"expects_too_much", "16 bytes expected", run<expects_too_much>},
+    {"expects_too_little", "transaction count underflow: 16 bytes more", run<expects_too_little>},
+    {"early_empty_arrival", "race on dynamic shared memory", run<early_empty_arrival>},
+    {"one_warp_speaks_for_all", "race on dynamic shared memory", run<one_warp_speaks_for_all>},
+    {"no_empty_wait", "dynamic shared memory", run<no_empty_wait>},
+    {"wrong_consumer_parity", "dynamic shared memory", run<wrong_consumer_parity>},
+    {"wrong_producer_parity", "deadlock: no thread of the block can go on", run<wrong_producer_parity>},
+    {"wrong_descriptor_swizzle", "differs from the reference", run<wrong_descriptor_swizzle>},
+    {"wrong_descriptor_stride", "differs from the reference", run<wrong_descriptor_stride>},
+    {"descriptor_outside", "past the ", run<descriptor_outside>},
+    {"warps_disagree", "gives other operands than the first warp", run<warps_disagree>},
+    {"half_a_warpgroup", "not all warps of the warpgroup have issued", run<half_a_warpgroup>},
+    {"no_init_fence", "missing fence.mbarrier_init", run<no_init_fence>},
+    {"no_init_barrier", "dynamic shared memory + 409", run<no_init_barrier>},
+    {"uninitialised", "wait on an uninitialised mbarrier", run<uninitialised>},
+    {"initialised_twice", "mbarrier.init of a live mbarrier", run<initialised_twice>},
+    {"load_never_awaited", "transaction count", run<load_never_awaited>},
+    {"unaligned_tile", "is not 128-byte aligned", run<unaligned_tile>},
+};
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc == 2 && !std::strcmp(argv[1], "--list")) {
-    for (const Planted& p : kFaults) std::printf("%s\t%s\n", p.name, p.report);
-    return 0;
-  }
-  if (argc == 2 && !std::strcmp(argv[1], "none")) return run(none);
-  for (const Planted& p : kFaults)
-    if (argc == 2 && !std::strcmp(argv[1], p.name)) return run(p.fault);
-  std::fprintf(stderr, "usage: faults_sm90 --list | none | <fault>\n");
-  return 2;
+  return faults::main(argc, argv, table);
 }

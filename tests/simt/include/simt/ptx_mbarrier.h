@@ -1,4 +1,4 @@
-// Host bodies of slkernels/ptx/mbarrier.h. What is checked: runtime/mbarrier.cpp.
+// Host bodies of slkernels/ptx/mbarrier.h. What is checked: runtime/ptx_mbarrier.cpp.
 #pragma once
 
 #include "simt/device.h"

@@ -1,4 +1,4 @@
-// Host bodies of slkernels/ptx/tma.h. What is checked, and when a copy happens: runtime/tma.cpp.
+// Host bodies of slkernels/ptx/tma.h. What is checked, and when a copy happens: runtime/ptx_tma.cpp.
 #pragma once
 
 #include <cuda.h>

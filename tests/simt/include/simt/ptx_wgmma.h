@@ -1,4 +1,4 @@
-// Host bodies of slkernels/ptx/wgmma.h. What is checked, and when the operands are read: runtime/wgmma.cpp.
+// Host bodies of slkernels/ptx/wgmma.h. What is checked, and when the operands are read: runtime/ptx_wgmma.cpp.
 #pragma once
 
 #include "simt/device.h"
