@@ -5,7 +5,8 @@
 //   conformance compare <folder>   anywhere, meant for the harness: runs the recorded inputs again and compares
 //
 // A .bin is the length of the input (8 bytes, little endian), the input, the output. Copies are compared bit by bit;
-// wgmma to K 2^-22, because the order in which the hardware adds 16 products, and what it rounds, are its own.
+// wgmma to K 2^-22 and mma to K 2^-20 (fp16 operands reach 2), because the order in which the hardware adds 16
+// products, and what it rounds, are its own.
 //
 // On a GPU:
 //   nvcc -std=c++17 --expt-relaxed-constexpr -gencode=arch=compute_90a,code=sm_90a -Iinclude -Itests/simt
@@ -22,6 +23,7 @@
 #include <string>
 #include <vector>
 
+#include "sm80_cases.cuh"
 #include "sm90_cases.cuh"
 
 using namespace slk;
@@ -89,8 +91,20 @@ void add_wgmma(std::vector<Case>& cases) {
                    }});
 }
 
+void add_warp(std::vector<Case>& cases, const char* name, void (*kernel)(const uint32_t*, uint32_t*), int in_words,
+              int out_words, double tolerance) {
+  cases.push_back(
+      {name, to_bytes(random_bf16(2 * size_t(in_words), uint32_t(in_words))), tolerance, [=](const Bytes& in) {
+         return to_bytes(sm80::run(kernel, from_bytes<uint32_t>(in, 0, size_t(in_words)), out_words));
+       }});
+}
+
 std::vector<Case> all_cases() {
   std::vector<Case> cases;
+  add_warp(cases, "ldmatrix", sm80::ldmatrix_kernel, sm80::kLdmatrixIn, sm80::kLdmatrixOut, 0);
+  add_warp(cases, "stmatrix", sm80::stmatrix_kernel, sm80::kStmatrixIn, sm80::kStmatrixOut, 0);
+  add_warp(cases, "cp_async", sm80::copy_kernel, sm80::kCopyIn, sm80::kCopyOut, 0);
+  add_warp(cases, "mma", sm80::mma_kernel, sm80::kMmaIn, sm80::kMmaOut, 16 * std::ldexp(1, -20));
   for (const sm90::At at : {sm90::At{0, 0, 0}, sm90::At{-3, -2, 0}, sm90::At{64, 8, 0}}) {
     add_tma(cases, CU_TENSOR_MAP_SWIZZLE_NONE, "plain", at);
     add_tma(cases, CU_TENSOR_MAP_SWIZZLE_32B, "32b", at);
