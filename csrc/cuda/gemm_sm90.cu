@@ -8,8 +8,7 @@
 //   producer (1 warpgroup, of which one thread works): for every tile and every 64 columns of K, waits until a stage of
 //     the ring is empty, and has TMA fill it with A[128, 64] and B[256, 64]
 //   consumers (2 warpgroups, 64 rows of the tile each): wait until a stage is full, multiply it on the tensor cores,
-//   and
-//     say that it is empty; after the last stage of a tile, convert the sums and send them to C
+//     and say that it is empty; after the last stage of a tile, convert the sums and send them to C
 //
 //          empty[s]: 8 consumer warps arrive                        full[s]: 1 arrival + the stage's bytes
 //   producer  --- wait empty, expect bytes, TMA A and B --->  stage s  --- wait full, wgmma, arrive empty ---> consumer
@@ -17,17 +16,15 @@
 // The producer runs ahead through the ring, also into the next tile while the consumers are still storing this one.
 //
 // Why these sizes:
-//   128 x 256  a stage costs (128 + 256) * 64 * 2 = 48 KB of traffic for 128 * 256 * 64 multiply-adds: 85 a byte,
-//   against
-//              64 for 128 x 128; the tensor cores' 4096 bf16 multiply-adds a cycle and multiprocessor (half of what
-//              wgmma's operands from shared memory allow) then need 48 bytes a cycle. 64 x 256 sums a warpgroup are 128
-//              registers a thread, and 256 is the widest wgmma: half of its time goes to reading A otherwise.
+//   128 x 256  the 128 * 256 * 64 multiply-adds of a stage take the tensor cores 1024 cycles (2048 a cycle in bf16),
+//              for which 48 KB come from L2: 48 bytes a cycle, where 128 x 128 would ask for 64. wgmma reads both
+//              operands from shared memory: two of 64 x 256 x 16 read 20 KB in 256 cycles, 80 of its 128 bytes a
+//              cycle. The sums, 64 x 256 a warpgroup, are 128 registers a thread.
 //   64         columns of K: a row is the 128 bytes of TMA's and wgmma's widest swizzle, free of bank conflicts.
-//   4 stages   192 KB, with 32 KB left to stage C: all that a block can have. Three stages in flight hide about
-//              3 * 128 * 256 * 64 / 4096 = 1536 cycles of latency.
-//   registers  65536 / 384 = 168 a thread at launch, too few for 128 sums with their addresses: the producer gives its
-//   own
-//              back (40) and the consumers take 232: 128 * 40 + 256 * 232 = 64512.
+//   4 stages   192 KB, with 32 KB left to stage C: all that a block can have. Three of them in flight give a load about
+//              3000 cycles to arrive.
+//   registers  65536 / 384 = 168 a thread at launch, few for 128 sums and what addresses them: the producer gives most
+//              of its own back (40 stay) and the consumers take 232: 128 * 40 + 256 * 232 = 64512.
 #include <cuda_bf16.h>
 
 #include "slkernels/gemm.h"
@@ -45,8 +42,8 @@ namespace {
 
 constexpr int kTileM = 128, kTileN = 256, kTileK = 64;
 constexpr int kStages = 4;
-constexpr int kBand =
-    16;  // tile rows that are walked together: 132 tiles then touch about 16 x 8, the least of A and B
+// Rows of tiles that are walked together: the 132 tiles under way then touch about 16 x 8, the least of A and B.
+constexpr int kBand = 16;
 
 constexpr int kWarpgroup = 128;
 constexpr int kConsumers = 2, kConsumerRows = kTileM / kConsumers;
@@ -168,6 +165,7 @@ __device__ void consume(Shared& shared, const CUtensorMap* c, Tiles tiles, int s
       previous = at.stage;
     }
     ptx::wgmma_wait<0>();
+    ptx::wgmma_settle(sum);
     if (speaks) ptx::mbarrier_arrive(&shared.empty[previous]);
     store_tile(sum, shared, c, consumer, row, column);
   }

@@ -25,7 +25,6 @@ void expect(bool ok, const std::string& what) {
 }
 
 // ---- mbarrier: three phases of a ring of one, parities alternating; and the phase before the first
-// ---------------------------
 
 __global__ void ring_kernel(int phases, int* out) {
   int* slot = cuda::dynamic_shared<int>();  // [32]
@@ -62,7 +61,6 @@ void test_mbarrier() {
 }
 
 // ---- elect.sync and named barriers: warp 0 hands over to warp 1 without stopping, warp 2 takes no part
-// -----------------------
 
 __global__ void roles_kernel(int* out) {
   int* slot = cuda::dynamic_shared<int>();
@@ -85,7 +83,6 @@ void test_roles() {
 }
 
 // ---- TMA
-// --------------------------------------------------------------------------------------------------------------------
 
 // CUDA C++ Programming Guide, "Swizzle": in lines of 128 bytes, whatever the row, 16-byte units change places with
 // units of the same 128, 64 or 32 bytes, and line i of 8, 4 or 2 gives which.
@@ -191,42 +188,46 @@ void test_encode() {
 }
 
 // ---- wgmma
-// ------------------------------------------------------------------------------------------------------------------
 
-template <int N, ptx::Swizzle kSwizzle>
-void test_wgmma() {
-  constexpr int kK = sm90::row_values(kSwizzle);
-  std::mt19937 random(N);
-  const auto values = [&](int count) {  // small integers: every sum is exact
-    std::vector<uint16_t> bits(count);
-    for (uint16_t& b : bits) {
-      const float f = float(int(random() % 17) - 8);
-      uint32_t u;
-      std::memcpy(&u, &f, 4);
-      b = uint16_t(u >> 16);
-    }
-    return bits;
-  };
-  const std::vector<uint16_t> a = values(64 * kK), b = values(N * kK);
-  const auto number = [](uint16_t bits) {
-    const uint32_t u = uint32_t(bits) << 16;
-    float f;
-    std::memcpy(&f, &u, 4);
-    return f;
-  };
-  const std::vector<float> got = sm90::multiply<N, kSwizzle>(a, b);
+std::vector<uint16_t> small_integers(size_t count, uint32_t seed) {  // in bf16: every sum is exact
+  std::mt19937 random(seed);
+  std::vector<uint16_t> bits(count);
+  for (uint16_t& b : bits) {
+    const float f = float(int(random() % 17) - 8);
+    uint32_t u;
+    std::memcpy(&u, &f, 4);
+    b = uint16_t(u >> 16);
+  }
+  return bits;
+}
+
+float number(uint16_t bits) {
+  const uint32_t u = uint32_t(bits) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+void test_wgmma(int n, ptx::Swizzle swizzle, void (*kernel)(CUtensorMap, CUtensorMap, float*)) {
+  const int kk = sm90::row_values(swizzle);
+  const std::vector<uint16_t> a = small_integers(size_t(64) * kk, 1), b = small_integers(size_t(n) * kk, 2);
+  const std::vector<float> got = sm90::multiply(n, swizzle, kernel, a, b);
   int wrong = 0;
   for (int row = 0; row < 64; ++row)
-    for (int column = 0; column < N; ++column) {
+    for (int column = 0; column < n; ++column) {
       float want = 0;
-      for (int k = 0; k < kK; ++k) want += number(a[row * kK + k]) * number(b[column * kK + k]);
+      for (int k = 0; k < kk; ++k) want += number(a[row * kk + k]) * number(b[column * kk + k]);
       // The inverse of the fragment's formula: who holds (row, column).
       const int thread = row / 16 * 32 + row % 8 * 4 + column % 8 / 2;
       const int reg = column / 8 * 4 + row % 16 / 8 * 2 + column % 2;
-      wrong += got[thread * (N / 2) + reg] != want;
+      wrong += got[thread * (n / 2) + reg] != want;
     }
-  expect(!wrong, "wgmma n=" + std::to_string(N) + " swizzle " + std::to_string(int(kSwizzle)) + ": " +
+  expect(!wrong, "wgmma n=" + std::to_string(n) + " swizzle " + std::to_string(int(swizzle)) + ": " +
                      std::to_string(wrong) + " wrong");
+}
+template <int N, ptx::Swizzle kSwizzle>
+void test_wgmma() {
+  test_wgmma(N, kSwizzle, sm90::wgmma_kernel<N, kSwizzle>);
 }
 
 template <int... kEighths>

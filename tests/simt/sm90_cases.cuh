@@ -2,8 +2,6 @@
 // (ptx_sm90.cpp) hold to the manual, and what the conformance run (conformance.cu) records on a GPU.
 #pragma once
 
-#include <cuda_bf16.h>
-
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -56,7 +54,6 @@ struct At {
 };
 
 // ---- TMA: a tile in, its bytes out as they lie in shared memory; and a tile out
-// ----------------------------------------------
 
 template <int kRank>
 __global__ void __launch_bounds__(128, 1)
@@ -126,7 +123,6 @@ void store_tile(const cuda::TensorMap<kRank>& tensor, At at, const std::vector<u
 }
 
 // ---- wgmma: D[64, N] = A[64, K] B[N, K]^T, the accumulators out register by register
-// ------------------------------------------
 
 // Values of K in a row of the swizzle.
 constexpr int row_values(ptx::Swizzle s) {
@@ -175,10 +171,11 @@ __global__ void __launch_bounds__(128, 1)
   for (int k = 0; k < kK; k += 16) ptx::wgmma_bf16<N>(sum, ptx::advance(a_at, 2 * k), ptx::advance(b_at, 2 * k), k > 0);
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
+  ptx::wgmma_settle(sum);
   for (int i = 0; i < N / 2; ++i) out[int(threadIdx.x) * (N / 2) + i] = sum[i];
 }
 
-inline cuda::TensorMap<2> rows_map(const __nv_bfloat16* base, int rows, int k, ptx::Swizzle swizzle) {
+inline cuda::TensorMap<2> rows_map(const uint16_t* base, int rows, int k, ptx::Swizzle swizzle) {
   const uint32_t box = swizzle == ptx::Swizzle::none ? 8 : uint32_t(k);
   return {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
           base,
@@ -188,18 +185,23 @@ inline cuda::TensorMap<2> rows_map(const __nv_bfloat16* base, int rows, int k, p
           map_swizzle(swizzle)};
 }
 
-// a [64, K], b [N, K] in bf16's bits, K = row_values(kSwizzle); the result is [128 threads, N / 2 registers].
-template <int N, ptx::Swizzle kSwizzle>
-std::vector<float> multiply(const std::vector<uint16_t>& a, const std::vector<uint16_t>& b) {
-  constexpr int kK = row_values(kSwizzle);
+// a [64, K], b [N, K] in bf16's bits, K = row_values(swizzle); the result is [128 threads, N / 2 registers].
+inline std::vector<float> multiply(int n, ptx::Swizzle swizzle, void (*kernel)(CUtensorMap, CUtensorMap, float*),
+                                   const std::vector<uint16_t>& a, const std::vector<uint16_t>& b) {
+  const int k = row_values(swizzle);
   DeviceArray<uint16_t> a_device(a), b_device(b);
   CUtensorMap a_map, b_map;
-  check(cuda::encode(rows_map(reinterpret_cast<__nv_bfloat16*>(a_device.get()), 64, kK, kSwizzle), &a_map), "map of A");
-  check(cuda::encode(rows_map(reinterpret_cast<__nv_bfloat16*>(b_device.get()), N, kK, kSwizzle), &b_map), "map of B");
-  DeviceArray<float> out(128 * N / 2);
-  check(cuda::launch(wgmma_kernel<N, kSwizzle>, 1, 128, (64 + N) * kK * 2 + 8, nullptr, a_map, b_map, out.get()),
-        "wgmma_kernel");
+  check(cuda::encode(rows_map(a_device.get(), 64, k, swizzle), &a_map), "map of A");
+  check(cuda::encode(rows_map(b_device.get(), n, k, swizzle), &b_map), "map of B");
+  DeviceArray<float> out(size_t(128) * n / 2);
+  const size_t shared_bytes = size_t(64 + n) * k * 2 + 8;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), "shared memory");
+  check(cuda::launch(kernel, 1, 128, shared_bytes, nullptr, a_map, b_map, out.get()), "wgmma_kernel");
   return out.host();
+}
+template <int N, ptx::Swizzle kSwizzle>
+std::vector<float> multiply(const std::vector<uint16_t>& a, const std::vector<uint16_t>& b) {
+  return multiply(N, kSwizzle, wgmma_kernel<N, kSwizzle>, a, b);
 }
 
 }  // namespace sm90

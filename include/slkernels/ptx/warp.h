@@ -27,8 +27,7 @@ __device__ inline bool elect_one() {
 
 // setmaxnreg.dec/.inc (PTX ISA, "setmaxnreg"): gives registers of this warpgroup back to the block's pool, or takes
 // some from it (and waits until there are enough). All warps of a warpgroup; a multiple of 8 in 24..256. The kernel
-// needs
-// __launch_bounds__(threads, 1), and each role must be one branch of one if/else.
+// needs __launch_bounds__(threads, 1), and each role must be one branch of one if/else.
 template <int kRegisters>
 __device__ inline void register_dealloc() {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);

@@ -7,8 +7,8 @@
 //   wgmma_bf16<N>(..)  any number, on the same accumulators
 //   wgmma_commit()     makes a group of them
 //   wgmma_wait<n>()    until at most n of the latest groups are unfinished: only then may the accumulators of the
-//   others
-//                      be looked at, and their operands be overwritten
+//                      others be looked at, and their operands be overwritten
+//   wgmma_settle(d)    after the wait, before ordinary code looks at d
 //
 // Accumulators ("Register Fragments", D of .m64nNk16): thread t of the warpgroup holds in d[i]
 //   row 16 (t / 32) + (t % 32) / 4 + 8 ((i / 2) % 2),  column 8 (i / 4) + 2 (t % 4) + i % 2.
@@ -20,14 +20,11 @@ namespace slk::ptx {
 
 enum class Swizzle : int { none = 0, bytes128 = 1, bytes64 = 2, bytes32 = 3 };
 
-// PTX ISA, "Matrix Descriptor Format": where a K-major operand lies in shared memory. Offsets in bytes, multiples
-// of 16.
-//   swizzled: rows of 32, 64 or 128 bytes, packed; `rows8` is the offset from 8 rows to the next 8 (8 times the row
-//   when
+// PTX ISA, "Matrix Descriptor Format": where a K-major operand lies in shared memory. Offsets in bytes.
+//   swizzled: rows of 32, 64 or 128 bytes, packed; `rows8` is the offset from 8 rows to the next 8 (8 rows' bytes when
 //             the tile is packed), `k8` is not used. A step of 16 along K adds 32 bytes to the start.
-//   none:     blocks of 8 rows by 16 bytes, each 128 packed bytes; `k8` is the offset to the block of the next 8 values
-//   of
-//             K, `rows8` to that of the next 8 rows.
+//   none:     blocks of 8 rows by 16 bytes, each 128 packed bytes; `rows8` is the offset from a block to that of the
+//             next 8 rows, `k8` to that of the next 8 values of K.
 // The tile starts at a multiple of 8 rows' bytes, so that the base offset is 0.
 __device__ inline uint64_t matrix_descriptor(const void* start, Swizzle swizzle, uint32_t rows8, uint32_t k8 = 16) {
   return uint64_t((shared_address(start) & 0x3ffff) >> 4) | uint64_t(k8 >> 4) << 16 | uint64_t(rows8 >> 4) << 32 |
@@ -58,6 +55,13 @@ __device__ inline void wgmma_commit() {
 template <int kPending>
 __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// No instruction: keeps the compiler, which sees no tie between a wait and registers, from moving uses of d above it.
+template <int M>
+__device__ inline void wgmma_settle(float (&d)[M]) {
+#pragma unroll
+  for (int i = 0; i < M; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 namespace detail {

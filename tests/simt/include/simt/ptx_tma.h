@@ -5,9 +5,6 @@
 
 #include "simt/device.h"
 
-// Tensor maps are passed by value, 64-byte aligned: g++ tells that it did so otherwise before version 4.6.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
 namespace simt {
 
 struct TileAt {

@@ -30,5 +30,7 @@ SIMT_NOINLINE void wgmma_wait() {
   static_assert(kPending >= 0 && kPending <= 7);
   simt::wgmma_wait(kPending, SIMT_HERE);
 }
+template <int M>
+void wgmma_settle(float (&)[M]) {}
 
 }  // namespace slk::ptx
