@@ -88,10 +88,14 @@ void join(Knowledge& into, const Knowledge& from) {
     into.threads = from.threads;
   }
 }
+}  // namespace
+
 void join(Clock& into, const Clock& from) {
   join(into.seen, from.seen);
   if (block.any_fence) join(into.fenced, from.fenced);
 }
+
+namespace {
 // All that `f` knows, itself included, which its own clock leaves out.
 Clock clock_of(const Fiber& f) {
   Clock clock = f.clock;

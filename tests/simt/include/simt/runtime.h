@@ -136,6 +136,7 @@ struct Knowledge {
 struct Clock {
   Knowledge seen, fenced;  // all that is known, and the part that a fence.proxy.async covers
 };
+void join(Clock& into, const Clock& from);
 void release(Clock&);
 void acquire(const Clock&);
 void fence_proxy_async();
