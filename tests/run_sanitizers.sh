@@ -28,10 +28,12 @@ for entry in "$root"/python/slkernels/*; do
 done
 cp "$build"/_C.*.so "$package/"
 
+# Python starts without the site module (-S): an editable install's import hook would find the normal _C first.
+packages=$("$python" -c 'import site; print(":".join(site.getsitepackages()))')
 compiler=$(sed -n 's/^CMAKE_CXX_COMPILER:[A-Z]*=//p' "$build/CMakeCache.txt")
 # libstdc++ is preloaded too: ASan looks up __cxa_throw when it starts, before Python loads a C++ library.
 sanitized() {
-  env PYTHONPATH="$build/python" PYTHONDONTWRITEBYTECODE=1 PYTHONMALLOC=malloc \
+  env PYTHONPATH="$build/python:$packages" PYTHONDONTWRITEBYTECODE=1 PYTHONMALLOC=malloc \
     LD_PRELOAD="$("$compiler" -print-file-name=libasan.so):$("$compiler" -print-file-name=libstdc++.so.6)" \
     ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:exitcode=97:allocator_may_return_null=1:detect_stack_use_after_return=0 \
     UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1:exitcode=97 \
@@ -41,7 +43,7 @@ sanitized() {
 echo "== planted faults must be found"
 for fault in read write; do
   set +e
-  report=$(sanitized "$python" tests/planted_fault.py "$fault" 2>&1)
+  report=$(sanitized "$python" -S tests/planted_fault.py "$fault" 2>&1)
   code=$?
   set -e
   if [ $code -ne 97 ] || ! grep -q "ERROR: AddressSanitizer" <<<"$report"; then
@@ -54,7 +56,7 @@ done
 
 case ${1:-} in
   "") isas=("") ;;
-  all) read -ra isas <<<"$(PYTHONPATH=$root/python sanitized "$python" tests/planted_fault.py isas)" ;;
+  all) read -ra isas <<<"$(PYTHONPATH=$root/python sanitized "$python" -S tests/planted_fault.py isas)" ;;
   *) isas=("$@") ;;
 esac
 # Left out: tests of torch's machinery around the ops, and tests that repeat the same accesses to look at their results.
@@ -63,7 +65,7 @@ not_here="not compile and not export and not opcheck and not gradcheck and not p
 not_here=${not_here//$'\n'/ }
 for isa in "${isas[@]}"; do
   echo "== tests under ASan and UBSan, ISA: ${isa:-default}"
-  SLKERNELS_CPU_ISA=$isa sanitized "$python" -m pytest -q -x -p no:cacheprovider \
+  SLKERNELS_CPU_ISA=$isa sanitized "$python" -S -m pytest -q -x -p no:cacheprovider \
     -k "$not_here" \
     tests/test_sparse*.py tests/test_lowrank.py tests/test_sl.py tests/test_optim.py
 done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import slkernels
+import slkernels.reference
 import torch
 from torch import Tensor
 
@@ -34,7 +35,7 @@ def random(*shape: int, device: str, seed: int = 0) -> Tensor:
 def assert_right(c: Tensor, a: Tensor, b: Tensor) -> None:
     """Every element: one rounding to bfloat16 (2^-8) and k fp32 additions of truncating hardware (2^-23)."""
     assert c.dtype == torch.bfloat16 and c.shape == (a.shape[0], b.shape[0]) and c.is_contiguous()
-    exact = a.double() @ b.double().t()
+    exact = slkernels.reference.gemm(a.double(), b.double())
     bound = exact.abs() * 1.01 * 2**-8 + a.double().abs() @ b.double().abs().t() * (a.shape[1] + 1) * 2**-23
     error = (c.double() - exact).abs()
     assert (error <= bound).all(), f"{int((error > bound).sum())} of {error.numel()} elements are wrong"

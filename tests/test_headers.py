@@ -10,10 +10,12 @@ import pytest
 
 INCLUDE = Path(__file__).parents[1] / "include"
 COMPILER = shutil.which("g++") or shutil.which("c++")
+# ptx/ and tensor_map.h are device code: nvcc and the harness of tests/simt compile them.
+HEADERS = sorted(h for h in INCLUDE.rglob("*.h") if h.parent.name != "ptx" and h.name != "tensor_map.h")
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-@pytest.mark.parametrize("header", sorted(INCLUDE.rglob("*.h")), ids=lambda p: p.name)
+@pytest.mark.parametrize("header", HEADERS, ids=lambda p: p.name)
 def test_self_contained(header: Path) -> None:
     command = [
         COMPILER,
@@ -34,4 +36,4 @@ def test_self_contained(header: Path) -> None:
 
 
 def test_there_are_headers() -> None:
-    assert len(list(INCLUDE.rglob("*.h"))) >= 2
+    assert len(HEADERS) >= 2

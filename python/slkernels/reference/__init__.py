@@ -5,6 +5,7 @@ differentiable by autograd. They are written to be read, not to be fast: S is a 
 """
 
 from . import optim
+from .gemm import gemm
 from .lowrank import lowrank_linear
 from .random_support import permute, random_blocks8, random_support, round_keys
 from .sl import sl_linear
@@ -14,6 +15,7 @@ __all__ = [
     "check_support",
     "compose",
     "gather_support",
+    "gemm",
     "lowrank_linear",
     "optim",
     "permute",
