@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
 def select(cases: list[Case], args: argparse.Namespace) -> list[Case]:
     """The cases that the options ask for. Cases named by --case run even when --quick would leave them out."""
-    found = [c for c in cases if not args.family or c.family in args.family]
+    found = [c for c in cases if args.device in c.devices and (not args.family or c.family in args.family)]
     if args.case:
         return [c for c in found if args.case in c.label]
     return [c for c in found if c.quick or not args.quick]

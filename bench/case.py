@@ -50,6 +50,7 @@ class Case:
 
     items, item: when given, the rate of a row is nanoseconds per item ("ns/nonzero") in place of GFLOP/s or GB/s.
     baseline: the provider whose ratio is 1.
+    devices: where the case makes sense.
     """
 
     family: str
@@ -62,6 +63,7 @@ class Case:
     items: float = 0.0
     item: str = ""
     quick: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
     parameters: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import subprocess
 from pathlib import Path
 
 import torch
@@ -66,6 +67,18 @@ def version(package: str) -> str | None:
         return None
 
 
+def driver() -> str:
+    """The GPU driver's version, power limit and clocks as nvidia-smi reports them; "unknown" without nvidia-smi."""
+    query = "driver_version,power.limit,clocks.max.sm,clocks.max.mem"
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
 def gather(device: torch.device) -> dict[str, object]:
     """The environment header, ready for JSON."""
     import slkernels
@@ -95,4 +108,5 @@ def gather(device: torch.device) -> dict[str, object]:
         header["machine"] = gpu.name
         header["gpu"] = {"name": gpu.name, "sm": f"{gpu.major}.{gpu.minor}", "memory": gpu.total_memory}
         header["cuda"] = torch.version.cuda
+        header["driver"] = driver()
     return header

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from .case import OURS, Absent, Case, Provider
@@ -9,6 +11,9 @@ from .environment import largest_cache
 from .report import ABSENT, ERROR, OK, WRONG, Goal, Ratio, Row
 from .roofline import Roofline
 from .timing import CpuTimer, CudaTimer, Plan, Timings, copies_beyond_cache, interleave, speedup
+
+# What the dispatcher says of an op of ours that has only CPU kernels so far.
+_NO_KERNEL = re.compile(r"Could not run '(slkernels::\w+)' with arguments from the '(\w+)' backend")
 
 
 def run_case(case: Case, device: torch.device, plan: Plan, roofline: Roofline) -> list[Row]:
@@ -39,6 +44,9 @@ def _check(case: Case, name: str, provider: Provider | Absent) -> Row:
         error = provider.error(result)
         note = provider.note(result) if provider.note else ""
     except Exception as exception:
+        missing = _NO_KERNEL.search(str(exception))
+        if missing:
+            return _row(case, name, ABSENT, message=f"no {missing[2]} kernel yet: {missing[1]}")
         return _row(case, name, ERROR, message=_first_line(exception))
     status = OK if error <= 1 else WRONG  # a NaN is wrong
     message = "" if status == OK else f"error is {error:.3g} times what is allowed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 # Small parallel regions by the thousand, on machines that run other jobs too: waiting threads should sleep, not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads its OpenMP runtime
@@ -22,9 +23,12 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("slkernels")
 
+ON_GPU = torch.cuda.is_available() and slkernels.build_info()["cuda"]
 DEVICES = ["cpu"]
-if torch.cuda.is_available() and slkernels.build_info()["cuda"]:
+if ON_GPU:
     DEVICES.append(pytest.param("cuda", marks=pytest.mark.cuda))
+# What the dispatcher says of an op of ours without a CUDA kernel.
+_NO_KERNEL = re.compile(r"Could not run '(slkernels::\w+)' with arguments from the 'CUDA' backend")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -44,6 +48,40 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "faulty" in metafunc.fixturenames:
         pairs = [(op, fault) for op in metafunc.cls.fault_calls for fault in FAULTS]
         metafunc.parametrize("faulty", pairs, ids=[f"{op}-{fault.id}" for op, fault in pairs])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of the fixture ``gpu`` are CUDA tests, and exist only where there is one. The reduced suite that runs under
+    compute-sanitizer takes the small cases against the reference, and what is marked by hand."""
+    kept, dropped = [], []
+    for item in items:
+        if "gpu" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.cuda)
+            (kept if ON_GPU else dropped).append(item)
+        else:
+            kept.append(item)
+        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+        if item.get_closest_marker("cuda") and getattr(case, "small", False) and "numeric_reference" in item.name:
+            item.add_marker(pytest.mark.sanitize)
+    items[:] = kept
+    config.hook.pytest_deselected(items=dropped)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function):
+    """On a GPU, an op that has only CPU kernels so far is skipped by name; the GPU run lists and counts these."""
+    try:
+        return (yield)
+    except Exception as error:
+        missing = pyfuncitem.get_closest_marker("cuda") and _NO_KERNEL.search(str(error))
+        if not missing:
+            raise
+        pytest.skip(f"no CUDA kernel yet: {missing[1]}")
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    return torch.device("cuda")
 
 
 @pytest.fixture(params=DEVICES)

@@ -187,6 +187,38 @@ class OpTests:
                     for index, (g, w) in enumerate(zip(run_bits(case, args), want, strict=True)):
                         assert_bitwise_equal(g, w, f"{case} result {index}, {count} threads")
 
+    # ---- CUDA
+
+    def test_cuda_graph_replays_on_new_inputs(self, case: OpCase, gpu: torch.device) -> None:
+        """Capturing proves that the op neither synchronizes nor leaves the current stream; replaying, that nothing of
+        the inputs was frozen into the graph."""
+        args = case.make(Inputs(torch.bfloat16, gpu))
+        run_bits(case, args)  # lazy initialization is not the op's own work
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run_bits(case, args)
+        for t in floats(args):
+            t.normal_()
+        graph.replay()
+        for index, (got, want) in enumerate(zip(captured, run_bits(case, args), strict=True)):
+            assert_bitwise_equal(got, want, f"{case} result {index}")
+
+    def test_cuda_stream_with_pending_work(self, case: OpCase, gpu: torch.device) -> None:
+        """On a side stream the op waits for what that stream still has to do to its inputs."""
+        args = case.make(Inputs(torch.bfloat16, gpu))
+        want = run_bits(case, args)
+        late = map_floats(torch.zeros_like, args)
+        side = torch.cuda.Stream()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(50_000_000)
+            for to, source in zip(floats(late), floats(args), strict=True):
+                to.copy_(source)
+            got = run_bits(case, late)
+        side.synchronize()
+        for index, (g, w) in enumerate(zip(got, want, strict=True)):
+            assert_bitwise_equal(g, w, f"{case} result {index}")
+
     # ---- errors
 
     def test_error(self, error: ErrorCase) -> None:

@@ -422,10 +422,37 @@ def test_paths_tells_which_path_auto_took():
 
 
 def test_list_names_every_family(capsys):
-    assert program.main(["--list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(set(lines)) == len(all_cases())
-    assert {line.split()[0] for line in lines} == set(families()) == {"lowrank", "model", "optim", "sl", "sparse"}
+    listed = set()
+    for device in ("cpu", "cuda"):
+        assert program.main(["--list", "--device", device]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == len(set(lines)) == sum(device in case.devices for case in all_cases())
+        listed.update(lines)
+    assert (
+        {line.split()[0] for line in listed} == set(families()) >= {"gemm", "lowrank", "model", "optim", "sl", "sparse"}
+    )
+
+
+def test_cases_of_the_other_device_are_not_selected():
+    args = program.parser().parse_args(["--family", "gemm"])
+    assert program.select(all_cases(), args) == []
+    args.device = "cuda"
+    assert program.select(all_cases(), args)
+
+
+def test_an_op_without_a_kernel_on_the_device_is_absent():
+    def make(device, seed):
+        def missing():
+            raise NotImplementedError(
+                "Could not run 'slkernels::spmm' with arguments from the 'CUDA' backend. This could be because ..."
+            )
+
+        work = (1.0, 1.0)
+        return {OURS: Provider(missing, lambda _: 0.0, *work), DENSE: Provider(lambda: 1, lambda _: 0.0, *work)}
+
+    rows = {r.provider: r for r in run_case(Case("toy", "x", "1", torch.float32, make), CPU, SHORT, CEILINGS)}
+    assert rows[OURS].status == "absent" and rows[OURS].message == "no CUDA kernel yet: slkernels::spmm"
+    assert rows[DENSE].status == "ok"
 
 
 def test_quick_covers_every_family_of_ops_and_no_sweep():

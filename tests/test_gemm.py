@@ -41,6 +41,7 @@ def assert_right(c: Tensor, a: Tensor, b: Tensor) -> None:
     assert (error <= bound).all(), f"{int((error > bound).sum())} of {error.numel()} elements are wrong"
 
 
+@pytest.mark.sanitize
 @on_each
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_against_float64(size, device, kernel):
@@ -102,9 +103,23 @@ def test_errors():
             ops.gemm(*args)
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_current_stream_is_used():
+@pytest.mark.parametrize("kernel", ["sm80", "sm90"])
+def test_graph_replays_on_new_inputs(gpu, kernel):
+    """The tensor maps of sm90 are kernel arguments: a graph keeps them, and with them the addresses, not the data."""
+    if kernel == "sm90" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no GPU that runs sm90")
+    a, b = random(300, 520, device="cuda"), random(260, 520, device="cuda", seed=1)
+    ops.gemm(a, b, kernel)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        c = ops.gemm(a, b, kernel)
+    for seed in (2, 3):
+        a.copy_(random(300, 520, device="cuda", seed=seed))
+        graph.replay()
+        assert_right(c, a, b)
+
+
+def test_current_stream_is_used(gpu):
     """A product on a side stream waits for what that stream does to its input, and for nothing else."""
     side = torch.cuda.Stream()
     a, b = random(512, 512, device="cuda"), random(512, 512, device="cuda", seed=1)
