@@ -26,6 +26,7 @@ from slkernels.bench.trainer import (
     INTERRUPTED,
     METHODS,
     OPTIMIZERS,
+    SUPPORTS,
     Run,
     Settings,
     make_step,
@@ -51,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--per-layer", action="store_true", help="adamw8bit updates within backward and frees the gradients")
     p.add_argument("--rank", type=int, help="default: the config's")
     p.add_argument("--density", type=float, help="of S; default: the config's")
+    p.add_argument("--support", choices=SUPPORTS, default=d.support, help="kind of S's support (default: %(default)s)")
     p.add_argument("--alpha", type=float, help="SLTrain's scale is alpha / rank; default: the config's")
     p.add_argument("--lr", type=float, help="peak; default: 3e-3 for sltrain, 1e-3 else")
     length = p.add_mutually_exclusive_group()
@@ -73,7 +75,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settings_of(args: argparse.Namespace, method: str) -> Settings:
-    names = ("config", "optimizer", "per_layer", "rank", "density", "alpha", "lr", "steps", "batch", "sequence")
+    names = (
+        "config",
+        "optimizer",
+        "per_layer",
+        "rank",
+        "density",
+        "support",
+        "alpha",
+        "lr",
+        "steps",
+        "batch",
+        "sequence",
+    )
     names += ("accumulate", "dtype", "device", "seed", "threads")
     settings = Settings(method=method, **{name: getattr(args, name) for name in names})
     return (replace(settings, validations=0) if args.no_validation else settings).resolved()

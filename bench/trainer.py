@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 METHODS = ("dense", "lowrank", "sltrain")
 OPTIMIZERS = ("adamw", "adamw8bit")
+SUPPORTS = ("uniform", "row", "block8", "column")
 INTERRUPTED = 130  # exit code of a process that SIGINT ended
 
 
@@ -35,6 +36,7 @@ class Settings:
     per_layer: bool = False  # update in backward; for adamw8bit only
     rank: int | None = None
     density: float | None = None
+    support: str = "uniform"  # kind of S's support: see slkernels.random_support
     alpha: float | None = None
     lr: float | None = None
     warmup: float = 0.1  # part of the steps
@@ -74,7 +76,8 @@ def build_model(settings: Settings) -> nn.Module:
     if settings.method == "lowrank":
         convert.lowrank(model, settings.rank, verbose=False)
     elif settings.method == "sltrain":
-        convert.sltrain(model, settings.rank, settings.density, settings.alpha, seed=settings.seed, verbose=False)
+        layer = {"kind": settings.support, "seed": settings.seed}
+        convert.sltrain(model, settings.rank, settings.density, settings.alpha, **layer, verbose=False)
     return model
 
 

@@ -11,9 +11,19 @@ from dataclasses import replace
 import pytest
 import torch
 from slkernels.bench import corpus as corpus_module
+from slkernels.bench import supports
 from slkernels.bench.llama import Llama, LlamaConfig
 from slkernels.bench.pretrain import measure_step
-from slkernels.bench.trainer import Run, Settings, StepMeter, build_model, build_optimizer, learning_rate
+from slkernels.bench.trainer import (
+    SUPPORTS,
+    Run,
+    Settings,
+    StepMeter,
+    build_model,
+    build_optimizer,
+    learning_rate,
+)
+from slkernels.nn import SLLinear
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -250,3 +260,31 @@ def test_ctrl_c_and_resume_of_a_comparison(tmp_path):
     assert (tmp_path / "pretrain.png").read_bytes().startswith(b"\x89PNG")
     assert all((tmp_path / run / "model.pt").exists() for run in ("dense", "lowrank", "sltrain"))
     assert "SLTrain" in done.stdout and "pretrain.json" in done.stdout
+
+
+# ---- supports -------------------------------------------------------------------------------------------------------
+
+
+def test_the_kind_of_support_reaches_every_layer():
+    for kind in SUPPORTS:
+        model = build_model(Settings(support=kind).resolved())
+        layers = [m for m in model.modules() if isinstance(m, SLLinear)]
+        assert layers and all(layer.kind == kind for layer in layers)
+
+
+def test_supports_are_compared_seed_by_seed(tmp_path, monkeypatch, corpus, capsys):
+    """Two seeds and all kinds, two steps each; a second call trains nothing again; the table is drawn from the file."""
+    monkeypatch.setattr(supports.corpus, "load", lambda: corpus)
+    monkeypatch.setattr(supports, "Settings", lambda **kw: Settings(**kw, batch=1, sequence=16, validation_windows=2))
+    path = tmp_path / "supports.json"
+    command = [str(path), "--run", "--steps", "2", "--seeds", "0", "1"]
+    assert supports.main(command) == 0
+    runs = json.loads(path.read_text())["runs"]
+    assert [(r["kind"], r["settings"]["seed"]) for r in runs] == [
+        (kind, seed) for seed in (0, 1) for kind in (*SUPPORTS, "none")
+    ]
+    before = path.read_text()
+    assert supports.main(command) == 0 and path.read_text() == before
+    table = capsys.readouterr().out
+    block8 = {r["settings"]["seed"]: r["validation"][-1]["loss"] for r in runs if r["kind"] == "block8"}
+    assert f"| block8 | {block8[0]:.4f} | {block8[1]:.4f} | {sum(block8.values()) / 2:.4f} |" in table
