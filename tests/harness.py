@@ -64,6 +64,16 @@ class OpCase:
     def __call__(self, *args):
         return self.overload(*args)
 
+    def unchecked(self, args: tuple) -> tuple:
+        """The same arguments with ``validate=False``, where the op has it: on a GPU the check waits for the device."""
+        schema = self.overload._schema.arguments
+        names = [a.name for a in schema]
+        if "validate" not in names:
+            return args
+        at = names.index("validate")
+        defaults = [a.default_value for a in schema[len(args) : at]]
+        return (*args[:at], *defaults, False, *args[at + 1 :])
+
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
 

@@ -192,7 +192,7 @@ class OpTests:
     def test_cuda_graph_replays_on_new_inputs(self, case: OpCase, gpu: torch.device) -> None:
         """Capturing proves that the op neither synchronizes nor leaves the current stream; replaying, that nothing of
         the inputs was frozen into the graph."""
-        args = case.make(Inputs(torch.bfloat16, gpu))
+        args = case.unchecked(case.make(Inputs(torch.bfloat16, gpu)))
         run_bits(case, args)  # lazy initialization is not the op's own work
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -205,7 +205,7 @@ class OpTests:
 
     def test_cuda_stream_with_pending_work(self, case: OpCase, gpu: torch.device) -> None:
         """On a side stream the op waits for what that stream still has to do to its inputs."""
-        args = case.make(Inputs(torch.bfloat16, gpu))
+        args = case.unchecked(case.make(Inputs(torch.bfloat16, gpu)))
         want = run_bits(case, args)
         late = map_floats(torch.zeros_like, args)
         side = torch.cuda.Stream()

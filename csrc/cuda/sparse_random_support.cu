@@ -9,14 +9,13 @@
 //   sort     a block a row: marks the row's columns in a bitmap in shared memory and reads it back in order, which
 //   makes
 //            the result independent of the order in which scatter's atomics ran
-#include "slkernels/launch.cuh"
+#include "cuda/scan.cuh"
 #include "slkernels/sparse.h"
 
 namespace slk::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kScanThreads = 1024;              // one block scans all rows: as wide as a block can be
 constexpr int kWindowWords = 8192;              // bitmap of 32 KB: 262144 columns a pass, below the 48 KB static limit
 constexpr int64_t kWindow = kWindowWords * 32;  // columns a pass
 constexpr int kBlock = 8;
@@ -24,45 +23,6 @@ constexpr int kBlock = 8;
 __global__ void count_kernel(SupportSampler sampler, int32_t* crow) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < sampler.count) atomicAdd(&crow[sampler(i).row + 1], 1);
-}
-
-// Inclusive prefix sum over the block's threads; `sums` has room for a word a warp.
-__device__ int block_inclusive_scan(int value, int* sums) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  for (int step = 1; step < 32; step *= 2) {
-    const int below = __shfl_up_sync(0xffffffffu, value, step);
-    if (lane >= step) value += below;
-  }
-  if (lane == 31) sums[warp] = value;
-  __syncthreads();
-  if (warp == 0) {
-    int total = lane < warps ? sums[lane] : 0;
-    for (int step = 1; step < 32; step *= 2) {
-      const int below = __shfl_up_sync(0xffffffffu, total, step);
-      if (lane >= step) total += below;
-    }
-    if (lane < warps) sums[lane] = total;
-  }
-  __syncthreads();
-  if (warp > 0) value += sums[warp - 1];
-  return value;
-}
-
-// crow[1..n] holds counts on entry and their inclusive prefix sums on exit.
-__global__ void scan_kernel(int64_t n, int32_t* crow, int32_t* cursor) {
-  __shared__ int sums[kScanThreads / 32];
-  int carry = 0;
-  for (int64_t first = 0; first < n; first += kScanThreads) {
-    const int64_t r = first + threadIdx.x;
-    const int before = carry + (r < n ? crow[r + 1] : 0);
-    const int inclusive = block_inclusive_scan(before - carry, sums);
-    if (r < n) {
-      cursor[r] = carry + inclusive - (before - carry);
-      crow[r + 1] = carry + inclusive;
-    }
-    carry += sums[kScanThreads / 32 - 1];
-    __syncthreads();  // sums is rewritten by the next pass
-  }
 }
 
 __global__ void scatter_kernel(SupportSampler sampler, int32_t* cursor, int32_t* unsorted) {

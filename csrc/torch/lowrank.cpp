@@ -12,7 +12,7 @@ Tensor linear(const Tensor& x, const Tensor& w, double alpha, const Tensor* bias
   const DType dtype = dtype_of("linear", "x", x);
   Tensor out = empty_like_shape(x, {tokens, n});
   const bool rows_contiguous = w.stride(1) == 1 || k == 1;
-  if (dtype == DType::f64 || tokens > cpu::kSkinnyTokens || !rows_contiguous || k == 0) {
+  if (x.is_cuda() || dtype == DType::f64 || tokens > cpu::kSkinnyTokens || !rows_contiguous || k == 0) {
     addmm_out(out, bias ? *bias : out, x, t2(w), bias ? 1 : 0, alpha);
     return out;
   }
@@ -160,6 +160,12 @@ STABLE_TORCH_LIBRARY_IMPL(slkernels, CPU, m) {
   m.impl("_lowrank_linear", TORCH_BOX(&lowrank_linear_forward));
   m.impl("_lowrank_linear_backward", TORCH_BOX(&lowrank_linear_backward));
 }
+#ifdef SLKERNELS_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(slkernels, CUDA, m) {
+  m.impl("_lowrank_linear", TORCH_BOX(&lowrank_linear_forward));
+  m.impl("_lowrank_linear_backward", TORCH_BOX(&lowrank_linear_backward));
+}
+#endif
 STABLE_TORCH_LIBRARY_IMPL(slkernels, CompositeImplicitAutograd, m) {
   m.impl("lowrank_linear", TORCH_BOX(&lowrank_linear));
 }

@@ -18,16 +18,23 @@ struct Layer {
 
 enum class Path { chain, compose };
 
-// Time of one nonzero's multiply-add in spmm and sddmm, in dense multiply-adds: measured, see docs/paths.md.
-constexpr double kSparseCost = 3.5;
+// Time of one nonzero's multiply-add in spmm and sddmm, in dense multiply-adds (docs/paths.md). CPU: measured. CUDA:
+// from counts, not measured yet: half of the 30 TFLOP/s that reading an operand a multiply-add from L1 allows, beside
+// 600 dense ones.
+constexpr double kSparseCostCpu = 3.5, kSparseCostCuda = 40;
+// Up to here the cost is reading the weights once, and the chain reads fewer bytes.
+constexpr int64_t kDecodeTokensCpu = cpu::kSkinnyTokens, kDecodeTokensCuda = 64;
 
-Path choose_path(const std::string& path, const Layer& layer, int64_t tokens) {
+Path choose_path(const std::string& path, const Layer& layer, const Tensor& x) {
+  const int64_t tokens = x.size(0);
+  const bool cuda = x.is_cuda();
   if (path == "chain") return Path::chain;
   if (path == "compose") return Path::compose;
   check(path == "auto", "sl_linear", "path must be auto, chain or compose, got ", path);
-  if (tokens <= cpu::kSkinnyTokens) return Path::chain;
+  if (tokens <= (cuda ? kDecodeTokensCuda : kDecodeTokensCpu)) return Path::chain;
   const double n = double(layer.s.n), m = double(layer.s.m), r = double(layer.rank());
-  const double chain = r * (m + n) + kSparseCost * double(layer.s.nnz);  // multiply-adds a token
+  const double chain =
+      r * (m + n) + (cuda ? kSparseCostCuda : kSparseCostCpu) * double(layer.s.nnz);  // multiply-adds a token
   const double compose = n * m * (1 + r / double(tokens));
   return chain <= compose ? Path::chain : Path::compose;
 }
@@ -40,6 +47,8 @@ Layer check_layer(const char* op, const Tensor& x, const Tensor& A, const Tensor
   const int64_t n = B.size(0), m = A.size(1);
   check_lowrank(op, A, B, n, m, "x", x);
   check(A.size(0) >= 1, op, "rank must be at least 1");
+  check_same_device(op, "crow", crow, "x", x);
+  check_same_device(op, "values", values, "x", x);
   const Csr s = as_csr(op, crow, col, n, m, validate);
   check(values.dim() == 1 && values.size(0) == s.nnz, op, "values must be [", s.nnz, "], got ", show(values));
   check_same_dtype(op, "values", values, "x", x);
@@ -58,11 +67,11 @@ Tensor sl_linear(const Tensor& x, const Tensor& A, const Tensor& B, const Tensor
   const Tensor x2 = as_tokens(op, "x", x, s.m);
   const Tensor* b = bias ? &*bias : nullptr;
   Tensor y;
-  if (choose_path(path, layer, x2.size(0)) == Path::chain) {
+  if (choose_path(path, layer, x2) == Path::chain) {
     y = linear(linear(x2, A, 1, nullptr), B, alpha, b);
-    spmm_cpu_into(s, values_f32(values), x2, y, true);
+    spmm_into(s, values, x2, y, true);
   } else {
-    y = linear(x2, compose_cpu(s, values, &A, &B, alpha, nullptr), 1, b);
+    y = linear(x2, compose_weight(s, values, &A, &B, alpha, nullptr), 1, b);
   }
   Shape shape = shape_of(x);
   shape.back() = s.n;
@@ -91,19 +100,20 @@ void chain_backward(const Layer& layer, const Tensor& dy, const Tensor& x, const
     if (need.x) addmm_out(grad.x, grad.x, dz, layer.A, 0, 1);
   }
   if (need.x) {
-    const TransposedCsr t = transposed(layer.s, crow, values_f32(layer.values));
-    spmm_cpu_into(t.csr, t.values, dy, grad.x, true);
+    const TransposedCsr t = transposed(layer.s, crow, layer.values);
+    spmm_into(t.csr, t.values, dy, grad.x, true);
   }
-  if (need.values) grad.values = sddmm_cpu(layer.s, dy, x);
+  if (need.values) grad.values = sddmm_at(layer.s, dy, x);
 }
 
 void compose_backward(const Layer& layer, const Tensor& dy, const Tensor& x, Needs need, Gradients& grad) {
   if (need.x)
-    addmm_out(grad.x, grad.x, dy, compose_cpu(layer.s, layer.values, &layer.A, &layer.B, layer.alpha, nullptr), 0, 1);
+    addmm_out(grad.x, grad.x, dy, compose_weight(layer.s, layer.values, &layer.A, &layer.B, layer.alpha, nullptr), 0,
+              1);
   if (!need.factors && !need.values) return;
   const Tensor dw = empty_like_shape(x, {layer.s.n, layer.s.m});
   addmm_out(dw, dw, t2(dy), x, 0, 1);
-  if (need.values) grad.values = gather_cpu(layer.s, dw);
+  if (need.values) grad.values = gather_at(layer.s, dw);
   if (need.factors) {
     addmm_out(grad.A, grad.A, t2(layer.B), dw, 0, layer.alpha);
     addmm_out(grad.B, grad.B, dw, t2(layer.A), 0, layer.alpha);
@@ -125,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sl_linear_backward(const Tensor& dy, 
   };
   Gradients grad = {gradient(need_x, x2), gradient(need_factors, A), gradient(need_factors, B),
                     gradient(false, values)};
-  if (choose_path(path, layer, x2.size(0)) == Path::chain)
+  if (choose_path(path, layer, x2) == Path::chain)
     chain_backward(layer, dy2, x2, crow, need, grad);
   else
     compose_backward(layer, dy2, x2, need, grad);
@@ -139,5 +149,11 @@ STABLE_TORCH_LIBRARY_IMPL(slkernels, CPU, m) {
   m.impl("sl_linear", TORCH_BOX(&sl_linear));
   m.impl("_sl_linear_backward", TORCH_BOX(&sl_linear_backward));
 }
+#ifdef SLKERNELS_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(slkernels, CUDA, m) {
+  m.impl("sl_linear", TORCH_BOX(&sl_linear));
+  m.impl("_sl_linear_backward", TORCH_BOX(&sl_linear_backward));
+}
+#endif
 
 }  // namespace slk

@@ -18,10 +18,6 @@ int panel_width(int64_t tokens, int64_t features) {
   return panel;
 }
 
-cpu::Matrix as_matrix(const Tensor& t) {
-  return {t.mutable_data_ptr(), t.size(0), t.size(1), t.stride(0)};  // stride 0: one row, expanded
-}
-
 // Splits the rows of S into `parts` runs of about equal work (a row costs its nonzeros and its store).
 std::vector<int64_t> split_rows(const Csr& s, int64_t parts) {
   std::vector<int64_t> bounds(parts + 1, s.n);
@@ -54,6 +50,16 @@ float* thread_scratch(int64_t floats) {
   return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(buffer.get()) + 63) & ~uintptr_t(63));
 }
 
+// The indices where the CPU can check them: a copy, for which the host waits, when they are on a GPU.
+static Tensor on_cpu(const Tensor& t) {
+  if (!t.is_cuda()) return t;
+  const Shape shape = shape_of(t);
+  const Tensor host = torch::stable::empty({shape.data(), shape.size()}, t.scalar_type(), std::nullopt,
+                                           torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  torch::stable::copy_(const_cast<Tensor&>(host), t);
+  return host;
+}
+
 Csr as_csr(const char* op, const Tensor& crow, const Tensor& col, int64_t n, int64_t m, bool validate) {
   check(n >= 0 && m >= 0, op, "n and m must not be negative, got ", n, " and ", m);
   check(crow.dim() == 1 && crow.size(0) == n + 1, op, "crow must be [", n + 1, "], got ", show(crow));
@@ -67,7 +73,9 @@ Csr as_csr(const char* op, const Tensor& crow, const Tensor& col, int64_t n, int
   const Csr s = {
       crow.const_data_ptr<int32_t>(), col.const_data_ptr(), col.scalar_type() == ScalarType::Short, n, m, col.size(0)};
   if (validate) {
-    const SupportFault f = cpu::check_support(s);
+    const Tensor host_crow = on_cpu(crow), host_col = on_cpu(col);
+    const SupportFault f = cpu::check_support(
+        {host_crow.const_data_ptr<int32_t>(), host_col.const_data_ptr(), s.col_is_16, s.n, s.m, s.nnz});
     switch (f.kind) {
       case SupportFault::none:
         break;
@@ -106,10 +114,13 @@ Tensor values_f32(const Tensor& values) {
   return out;
 }
 
+namespace {
+
+// Values as fp32, or fp64 as x.
 void spmm_cpu_into(const Csr& s, const Tensor& values, const Tensor& x, const Tensor& y, bool accumulate) {
   const auto& kernels = cpu::sparse_kernels();
   const DType dtype = dtype_of("spmm", "x", x);
-  const cpu::Matrix xm = as_matrix(x), ym = as_matrix(y);
+  const Matrix xm = as_matrix(x), ym = as_matrix(y);
   const int64_t tokens = xm.rows, threads = torch::stable::get_num_threads();
   if (tokens == 0 || s.n == 0) return;
   if (dtype == DType::f64) {
@@ -158,7 +169,7 @@ void spmm_cpu_into(const Csr& s, const Tensor& values, const Tensor& x, const Te
   });
 }
 
-TransposedCsr transposed(const Csr& s, const Tensor& crow, const Tensor& values) {
+TransposedCsr transposed_cpu(const Csr& s, const Tensor& crow, const Tensor& values) {
   TransposedCsr t = {empty_like_shape(crow, {s.m + 1}),
                      empty_like_shape(crow, {s.nnz}, s.n <= 32768 ? ScalarType::Short : ScalarType::Int),
                      empty_like_shape(values, {s.nnz}),
@@ -177,7 +188,7 @@ TransposedCsr transposed(const Csr& s, const Tensor& crow, const Tensor& values)
 Tensor sddmm_cpu(const Csr& s, const Tensor& dy, const Tensor& x) {
   const auto& kernels = cpu::sparse_kernels();
   const DType dtype = dtype_of("sddmm", "x", x);
-  const cpu::Matrix xm = as_matrix(x), dym = as_matrix(dy);
+  const Matrix xm = as_matrix(x), dym = as_matrix(dy);
   const int64_t tokens = xm.rows, threads = torch::stable::get_num_threads();
   Tensor out = empty_like_shape(x, {s.nnz});
   if (s.nnz == 0) return out;
@@ -225,16 +236,55 @@ Tensor sddmm_cpu(const Csr& s, const Tensor& dy, const Tensor& x) {
 Tensor gather_cpu(const Csr& s, const Tensor& w) {
   const DType dtype = dtype_of("gather_support", "w", w);
   Tensor out = empty_like_shape(w, {s.nnz});
-  const cpu::Matrix matrix = as_matrix(w);
+  const Matrix matrix = as_matrix(w);
   parallel_for(s.n, 64, [&](int64_t b, int64_t e) {
     cpu::sparse_kernels().gather(dtype, s, matrix.data, matrix.ld, {b, e}, out.mutable_data_ptr());
   });
   return out;
 }
 
-Tensor compose_cpu(const Csr& s, const Tensor& values, const Tensor* A, const Tensor* B, double alpha,
-                   const Tensor* base) {
+void scatter_add_cpu(const Csr& s, const Tensor& values, const Tensor& w) {
   const DType dtype = dtype_of("compose", "values", values);
+  const Tensor v = as_contiguous(values);
+  parallel_for(s.n, 64, [&](int64_t b, int64_t e) {
+    cpu::sparse_kernels().scatter_add(dtype, s, v.const_data_ptr(), w.mutable_data_ptr(), s.m, {b, e});
+  });
+}
+
+}  // namespace
+
+// ---- where the tensors are ------------------------------------------------------------------------------------------
+
+void spmm_into(const Csr& s, const Tensor& values, const Tensor& x, const Tensor& y, bool accumulate) {
+#ifdef SLKERNELS_WITH_CUDA
+  if (x.is_cuda()) return cuda::spmm_into(s, values, x, y, accumulate);
+#endif
+  spmm_cpu_into(s, values_f32(values), x, y, accumulate);
+}
+
+TransposedCsr transposed(const Csr& s, const Tensor& crow, const Tensor& values) {
+#ifdef SLKERNELS_WITH_CUDA
+  if (values.is_cuda()) return cuda::transposed(s, crow, values);
+#endif
+  return transposed_cpu(s, crow, values_f32(values));
+}
+
+Tensor sddmm_at(const Csr& s, const Tensor& dy, const Tensor& x) {
+#ifdef SLKERNELS_WITH_CUDA
+  if (x.is_cuda()) return cuda::sddmm_at(s, dy, x);
+#endif
+  return sddmm_cpu(s, dy, x);
+}
+
+Tensor gather_at(const Csr& s, const Tensor& w) {
+#ifdef SLKERNELS_WITH_CUDA
+  if (w.is_cuda()) return cuda::gather_at(s, w);
+#endif
+  return gather_cpu(s, w);
+}
+
+Tensor compose_weight(const Csr& s, const Tensor& values, const Tensor* A, const Tensor* B, double alpha,
+                      const Tensor* base) {
   Tensor w = empty_like_shape(values, {s.n, s.m});
   if (A)
     addmm_out(w, base ? *base : w, *B, *A, base ? 1 : 0, alpha);
@@ -242,10 +292,13 @@ Tensor compose_cpu(const Csr& s, const Tensor& values, const Tensor* A, const Te
     torch::stable::copy_(w, *base);
   else
     torch::stable::zero_(w);
-  const Tensor v = as_contiguous(values);
-  parallel_for(s.n, 64, [&](int64_t b, int64_t e) {
-    cpu::sparse_kernels().scatter_add(dtype, s, v.const_data_ptr(), w.mutable_data_ptr(), s.m, {b, e});
-  });
+#ifdef SLKERNELS_WITH_CUDA
+  if (w.is_cuda()) {
+    cuda::scatter_add(s, values, w);
+    return w;
+  }
+#endif
+  scatter_add_cpu(s, values, w);
   return w;
 }
 
@@ -256,6 +309,8 @@ void check_lowrank(const char* op, const Tensor& A, const Tensor& B, int64_t n, 
   check(A.size(0) == B.size(1), op, "A and B must have the same rank, got A ", show(A), " and B ", show(B));
   check_same_dtype(op, "A", A, like_name, like);
   check_same_dtype(op, "B", B, like_name, like);
+  check_same_device(op, "A", A, like_name, like);
+  check_same_device(op, "B", B, like_name, like);
 }
 
 namespace {
@@ -263,10 +318,12 @@ namespace {
 void check_values(const char* op, const Tensor& values, const Csr& s, const Tensor& x, const char* x_name) {
   check(values.dim() == 1 && values.size(0) == s.nnz, op, "values must be [", s.nnz, "], got ", show(values));
   check_same_dtype(op, "values", values, x_name, x);
+  check_same_device(op, "values", values, x_name, x);
 }
 
 Tensor spmm_with(const char* op, const Tensor& x, const char* x_name, const Tensor& values, const Tensor& crow,
                  const Tensor& col, int64_t n, int64_t m, bool transpose, bool validate) {
+  check_same_device(op, "crow", crow, x_name, x);
   const Csr s = as_csr(op, crow, col, n, m, validate);
   dtype_of(op, x_name, x);
   check_values(op, values, s, x, x_name);
@@ -276,10 +333,10 @@ Tensor spmm_with(const char* op, const Tensor& x, const char* x_name, const Tens
   Tensor y = empty_like_shape(x, shape);
   const Tensor y2 = as_tokens(op, "y", y, shape.back());
   if (transpose) {
-    const TransposedCsr t = transposed(s, crow, values_f32(values));
-    spmm_cpu_into(t.csr, t.values, tokens, y2, false);
+    const TransposedCsr t = transposed(s, crow, values);
+    spmm_into(t.csr, t.values, tokens, y2, false);
   } else {
-    spmm_cpu_into(s, values_f32(values), tokens, y2, false);
+    spmm_into(s, values, tokens, y2, false);
   }
   return y;
 }
@@ -298,12 +355,14 @@ Tensor sddmm(const Tensor& dy, const Tensor& x, const Tensor& crow, const Tensor
   check(dy.dim() >= 1, "sddmm", "dy must be [tokens, n], got ", show(dy));
   check(x.dim() >= 1, "sddmm", "x must be [tokens, m], got ", show(x));
   const int64_t n = dy.size(dy.dim() - 1), m = x.size(x.dim() - 1);
+  check_same_device("sddmm", "dy", dy, "x", x);
+  check_same_device("sddmm", "crow", crow, "x", x);
   const Csr s = as_csr("sddmm", crow, col, n, m, validate);
   dtype_of("sddmm", "x", x);
   check_same_dtype("sddmm", "dy", dy, "x", x);
   const Tensor x2 = as_tokens("sddmm", "x", x, m), dy2 = as_tokens("sddmm", "dy", dy, n);
   check(x2.size(0) == dy2.size(0), "sddmm", "dy and x must have the same tokens, got ", show(dy), " and ", show(x));
-  return sddmm_cpu(s, dy2, x2);
+  return sddmm_at(s, dy2, x2);
 }
 
 void check_support(const Tensor& crow, const Tensor& col, int64_t n, int64_t m) {
@@ -312,9 +371,10 @@ void check_support(const Tensor& crow, const Tensor& col, int64_t n, int64_t m) 
 
 Tensor gather_support(const Tensor& w, const Tensor& crow, const Tensor& col, bool validate) {
   check(w.dim() == 2, "gather_support", "w must be [n, m], got ", show(w));
+  check_same_device("gather_support", "crow", crow, "w", w);
   const Csr s = as_csr("gather_support", crow, col, w.size(0), w.size(1), validate);
   dtype_of("gather_support", "w", w);
-  return gather_cpu(s, as_tokens("gather_support", "w", w, w.size(1)));
+  return gather_at(s, as_tokens("gather_support", "w", w, w.size(1)));
 }
 
 Tensor compose(const Tensor& values, const Tensor& crow, const Tensor& col, int64_t m, std::optional<Tensor> A,
@@ -325,14 +385,16 @@ Tensor compose(const Tensor& values, const Tensor& crow, const Tensor& col, int6
   const Csr s = as_csr(op, crow, col, n, m, validate);
   dtype_of(op, "values", values);
   check(values.dim() == 1 && values.size(0) == s.nnz, op, "values must be [", s.nnz, "], got ", show(values));
+  check_same_device(op, "crow", crow, "values", values);
   check(A.has_value() == B.has_value(), op, "A and B go together");
   if (A) check_lowrank(op, *A, *B, n, m, "values", values);
   if (base) {
     check(base->dim() == 2 && base->size(0) == n && base->size(1) == m, op, "base must be [", n, ", ", m, "], got ",
           show(*base));
     check_same_dtype(op, "base", *base, "values", values);
+    check_same_device(op, "base", *base, "values", values);
   }
-  return compose_cpu(s, values, A ? &*A : nullptr, B ? &*B : nullptr, alpha, base ? &*base : nullptr);
+  return compose_weight(s, values, A ? &*A : nullptr, B ? &*B : nullptr, alpha, base ? &*base : nullptr);
 }
 
 }  // namespace
@@ -345,5 +407,15 @@ STABLE_TORCH_LIBRARY_IMPL(slkernels, CPU, m) {
   m.impl("gather_support", TORCH_BOX(&gather_support));
   m.impl("compose", TORCH_BOX(&compose));
 }
+#ifdef SLKERNELS_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(slkernels, CUDA, m) {
+  m.impl("spmm", TORCH_BOX(&spmm));
+  m.impl("spmm_t", TORCH_BOX(&spmm_t));
+  m.impl("sddmm", TORCH_BOX(&sddmm));
+  m.impl("check_support", TORCH_BOX(&check_support));
+  m.impl("gather_support", TORCH_BOX(&gather_support));
+  m.impl("compose", TORCH_BOX(&compose));
+}
+#endif
 
 }  // namespace slk

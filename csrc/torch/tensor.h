@@ -18,6 +18,11 @@
 
 #include "slkernels/types.h"
 
+// Lives in libtorch_cuda only. Weak, so that one binary loads in CPU-only torch, where it is null.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle self,
+                                                                          AtenTensorHandle mat1, AtenTensorHandle mat2,
+                                                                          double beta, double alpha);
+
 namespace slk {
 
 using torch::headeronly::ScalarType;
@@ -148,7 +153,8 @@ void parallel_for(int64_t n, int64_t grain, const F& body) {
 // out = beta * self + alpha * a b, by torch's dense library. beta = 0 ignores what `self` holds.
 inline void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta,
                       double alpha) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, alpha));
+  const auto addmm = out.is_cuda() ? aoti_torch_cuda_addmm_out : aoti_torch_cpu_addmm_out;
+  TORCH_ERROR_CODE_CHECK(addmm(out.get(), self.get(), a.get(), b.get(), beta, alpha));
 }
 
 // An aten op by name, for what has no shim of its own: aten("aten::silu", "", x). One tensor comes back.

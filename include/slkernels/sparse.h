@@ -24,12 +24,14 @@ struct SupportFault {
   int64_t row = -1, position = -1, got = 0;
 };
 
-namespace cpu {
-
 struct Matrix {  // token-major activations of the type that goes with it
   void* data;
   int64_t rows, cols, ld;
 };
+
+namespace cpu {
+
+using slk::Matrix;
 
 // The kernels work on panels of `panel` tokens (16, 32 or 64), transposed to xt[col][panel] in fp32: one broadcast of
 // a value of S then feeds panel/lanes FMAs whose other operand is a run of aligned loads.
@@ -89,6 +91,34 @@ cudaError_t launch_random_support(const SupportSampler&, int32_t* crow, void* co
                                   cudaStream_t);
 cudaError_t launch_expand_blocks(const int32_t* block_crow, const void* block_col, bool block_col_is_16, int64_t n,
                                  int64_t m, int32_t* crow, void* col, bool col_is_16, cudaStream_t);
+
+// All tensors have the given type; values too. Sums in fp32 (fp64 for f64), in an order that depends on shapes only.
+//
+// Many tokens: the products read activations feature-major, xt[j][t] = x[t, j], with `padded_tokens(T)` tokens a
+// feature and zeros behind the last one: a nonzero of S then reads runs of 16 bytes a lane.
+constexpr int64_t kTokenPad = 8;  // 16 bytes of the narrowest type
+constexpr int64_t padded_tokens(int64_t tokens) {
+  return round_up(tokens, kTokenPad);
+}
+cudaError_t launch_to_features(DType, const Matrix& x, void* xt, cudaStream_t);
+cudaError_t launch_spmm(DType, const Csr&, const void* values, const void* xt, const Matrix& y, bool accumulate,
+                        cudaStream_t);
+cudaError_t launch_sddmm(DType, const Csr&, const void* dyt, const void* xt, int64_t tokens, void* out, cudaStream_t);
+
+// Few tokens (decode): reads x as it is.
+constexpr int64_t kFewTokens = 8;
+cudaError_t launch_spmm_few(DType, const Csr&, const void* values, const Matrix& x, const Matrix& y, bool accumulate,
+                            cudaStream_t);
+
+// out[k] = W[row(k), col(k)]; W[row(k), col(k)] += values[k]. W is [n, m] with leading dimension ld.
+cudaError_t launch_gather(DType, const Csr&, const void* w, int64_t ld, void* out, cudaStream_t);
+cudaError_t launch_scatter_add(DType, const Csr&, const void* values, void* w, int64_t ld, cudaStream_t);
+
+// CSR of S^T, as cpu::transpose_csr: row_t is int16 when n <= 32768, else int32. `scratch` has transpose_scratch(s)
+// int32.
+int64_t transpose_scratch(const Csr&);
+cudaError_t launch_transpose_csr(DType, const Csr&, const void* values, int32_t* crow_t, void* row_t, void* values_t,
+                                 int32_t* scratch, cudaStream_t);
 
 }  // namespace cuda
 #endif

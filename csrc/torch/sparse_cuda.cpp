@@ -1,0 +1,93 @@
+// Family `sparse` on CUDA: scratch, device and stream for the launchers. Shapes and dtypes were checked in sparse.cpp.
+#ifdef SLKERNELS_WITH_CUDA
+#include "torch/stream.h"
+#include "torch/support.h"
+
+namespace slk::cuda {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+// f(stream of t's device), on that device.
+template <class F>
+void on_stream_of(const char* op, const Tensor& t, F f) {
+  const int32_t device = t.get_device_index();
+  const DeviceGuard guard(device);
+  check_cuda(op, f(current_stream(op, device)));
+}
+
+// x [T, m] as [m, padded_tokens(T)].
+Tensor to_features(const char* op, const Tensor& x) {
+  const Tensor out = empty_like_shape(x, {x.size(1), padded_tokens(x.size(0))});
+  on_stream_of(op, x, [&](cudaStream_t stream) {
+    return launch_to_features(dtype_of(op, "x", x), as_matrix(x), out.mutable_data_ptr(), stream);
+  });
+  return out;
+}
+
+}  // namespace
+
+void spmm_into(const Csr& s, const Tensor& values, const Tensor& x, const Tensor& y, bool accumulate) {
+  constexpr const char* op = "spmm";
+  const DType dtype = dtype_of(op, "x", x);
+  const Tensor v = as_contiguous(values);
+  if (x.size(0) <= kFewTokens) {
+    on_stream_of(op, x, [&](cudaStream_t stream) {
+      return launch_spmm_few(dtype, s, v.const_data_ptr(), as_matrix(x), as_matrix(y), accumulate, stream);
+    });
+    return;
+  }
+  const Tensor xt = to_features(op, x);
+  on_stream_of(op, x, [&](cudaStream_t stream) {
+    return launch_spmm(dtype, s, v.const_data_ptr(), xt.const_data_ptr(), as_matrix(y), accumulate, stream);
+  });
+}
+
+TransposedCsr transposed(const Csr& s, const Tensor& crow, const Tensor& values) {
+  constexpr const char* op = "spmm_t";
+  const bool narrow = s.n <= 32768;
+  TransposedCsr t = {empty_like_shape(crow, {s.m + 1}),
+                     empty_like_shape(crow, {s.nnz}, narrow ? ScalarType::Short : ScalarType::Int),
+                     empty_like_shape(values, {s.nnz}),
+                     {}};
+  const Tensor v = as_contiguous(values), scratch = empty_like_shape(crow, {transpose_scratch(s)});
+  int32_t* crow_t = t.crow.mutable_data_ptr<int32_t>();
+  on_stream_of(op, values, [&](cudaStream_t stream) {
+    return launch_transpose_csr(dtype_of(op, "values", values), s, v.const_data_ptr(), crow_t, t.row.mutable_data_ptr(),
+                                t.values.mutable_data_ptr(), scratch.mutable_data_ptr<int32_t>(), stream);
+  });
+  t.csr = {crow_t, t.row.const_data_ptr(), narrow, s.m, s.n, s.nnz};
+  return t;
+}
+
+Tensor sddmm_at(const Csr& s, const Tensor& dy, const Tensor& x) {
+  constexpr const char* op = "sddmm";
+  Tensor out = empty_like_shape(x, {s.nnz});
+  const Tensor dyt = to_features(op, dy), xt = to_features(op, x);
+  on_stream_of(op, x, [&](cudaStream_t stream) {
+    return launch_sddmm(dtype_of(op, "x", x), s, dyt.const_data_ptr(), xt.const_data_ptr(), x.size(0),
+                        out.mutable_data_ptr(), stream);
+  });
+  return out;
+}
+
+Tensor gather_at(const Csr& s, const Tensor& w) {
+  constexpr const char* op = "gather_support";
+  Tensor out = empty_like_shape(w, {s.nnz});
+  on_stream_of(op, w, [&](cudaStream_t stream) {
+    return launch_gather(dtype_of(op, "w", w), s, w.const_data_ptr(), w.stride(0), out.mutable_data_ptr(), stream);
+  });
+  return out;
+}
+
+void scatter_add(const Csr& s, const Tensor& values, const Tensor& w) {
+  constexpr const char* op = "compose";
+  const Tensor v = as_contiguous(values);
+  on_stream_of(op, w, [&](cudaStream_t stream) {
+    return launch_scatter_add(dtype_of(op, "values", values), s, v.const_data_ptr(), w.mutable_data_ptr(), w.stride(0),
+                              stream);
+  });
+}
+
+}  // namespace slk::cuda
+#endif
