@@ -120,6 +120,9 @@ def layer_problem(tokens, n, m, r, density, dtype, backward):
         }
         if backward or tokens == 1:  # a formula that makes W takes the same hundred-fold time for any few tokens
             providers[SLTRAIN] = Provider(layer.sltrain, layer.error(), *layer.sltrain_work())
+        if device.type == "cuda":  # the cost model that picks between them is to be fitted to these
+            for path in ("chain", "compose"):
+                providers[path] = Provider(lambda path=path: layer.ours(path), layer.error(), *layer.chain_work())
         return providers
 
     return make
@@ -171,7 +174,46 @@ def sweep() -> list[Case]:
                 parameters = {"T": tokens, "n": n, "m": m, "r": r, "density": density, "mode": mode}
                 make = paths_problem(tokens, n, m, r, density, torch.float32, backward)
                 shape = f"T={tokens} {m}→{n} r={r} {density:.0%}"
-                found.append(Case("sl", f"path {mode}", shape, torch.float32, make, parameters=parameters))
+                case = Case("sl", f"path {mode}", shape, torch.float32, make, parameters=parameters, devices=("cpu",))
+                found.append(case)
+    return found
+
+
+# n, m, r, density of the LLaMA shapes that SLTrain trains (arXiv 2406.02214, table 1 and its repository's configs): the
+# square projections and the widest one of 60M, 350M, 1B and 7B. 1B's intermediate size 5461 is odd.
+LLAMA_LAYERS = {
+    "60M": ((512, 512, 128, 0.03), (1376, 512, 128, 0.03)),
+    "350M": ((1024, 1024, 256, 0.03), (2736, 1024, 256, 0.03)),
+    "1B": ((2048, 2048, 512, 0.03), (5461, 2048, 512, 0.03)),
+    "7B": ((4096, 4096, 1024, 0.05), (11008, 4096, 1024, 0.05)),
+}
+LLAMA_TOKENS = (1, 8, 64, 2048, 16384)
+_QUICK_LAYERS = ("350M", "7B")
+
+
+def llama() -> list[Case]:
+    """The layers of LLaMA on a GPU, in bfloat16: forward alone for few tokens, forward and backward for many."""
+    found = []
+    for model, layers in LLAMA_LAYERS.items():
+        for n, m, r, density in layers:
+            for tokens in LLAMA_TOKENS:
+                backward = tokens >= 2048
+                goals = (Target(DENSE, 1.6),) if model == "7B" and tokens <= 8 and n == m else ()
+                if backward and model == "7B":
+                    # dense's time times 1.05 (1 + 4 r / 3 T), and 1.2 times as fast as SLTrain's formula
+                    goals = (Target(DENSE, 1 / (1.05 * (1 + 4 * r / (3 * tokens)))), Target(SLTRAIN, 1.2))
+                found.append(
+                    Case(
+                        "sl",
+                        f"{model} sl_linear {'fwd+bwd' if backward else 'fwd'}",
+                        f"T={tokens} {m}→{n} r={r} {density:.0%}",
+                        torch.bfloat16,
+                        layer_problem(tokens, n, m, r, density, torch.bfloat16, backward),
+                        targets=goals,
+                        quick=model in _QUICK_LAYERS,
+                        devices=("cuda",),
+                    )
+                )
     return found
 
 
@@ -194,11 +236,14 @@ def cases() -> list[Case]:
                     make,
                     targets=goals if full else (),
                     quick=full or n == 1024,
+                    devices=("cpu",),
                 )
             )
         for tokens in (1, 2, 4, 8):
             make = layer_problem(tokens, 4096, 4096, 1024, 0.05, dtype, backward=False)
             shape = f"T={tokens} 4096→4096 r=1024 5%"
             goals = (Target(DENSE, 1.5),) if full else ()
-            found.append(Case("sl", "sl_linear decode", shape, dtype, make, targets=goals, quick=full or tokens == 1))
-    return found + sweep()
+            quick = full or tokens == 1
+            case = Case("sl", "sl_linear decode", shape, dtype, make, targets=goals, quick=quick, devices=("cpu",))
+            found.append(case)
+    return found + llama() + sweep()

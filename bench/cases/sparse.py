@@ -13,6 +13,7 @@ from ..data import Sparse, generator, nbytes, sparse, uniform
 
 CSR = "torch.sparse_csr"
 SLTRAIN = "sltrain"
+_PRODUCT = "B A alone"
 _BF16_CSR = Absent("torch has no CSR product in this dtype on a CPU")
 _BF16_SDDMM = Absent("torch's CSR sampled_addmm (cuSPARSE, MKL) has no bfloat16")
 
@@ -116,11 +117,15 @@ def compose_problem(n: int, m: int, r: int, density: float, dtype: torch.dtype):
             return weight
 
         bytes = s.nbytes + nbytes(a, b, w)
+        product = compare_with(cache(lambda: (alpha * (b.double() @ a.double()),)), dtype)
         return {
             OURS: Provider(
                 lambda: slkernels.compose(s.values, s.crow, s.col, m, a, b, alpha, validate=False), error, gemm, bytes
             ),
             SLTRAIN: Provider(sltrain, error, gemm, nbytes(a, b, w, s.flat, s.values)),
+            _PRODUCT: Provider(
+                lambda: torch.addmm(b.new_empty(n, m), b, a, beta=0, alpha=alpha), product, gemm, nbytes(a, b, w)
+            ),
         }
 
     return make
@@ -155,9 +160,40 @@ def random_support_problem(n: int, m: int, density: float):
     return make
 
 
+def gpu_cases() -> list[Case]:
+    """7B's square projection on a GPU: where the dense product wins, and where the sparse ones should (few tokens, low
+    density), and W itself, whose goal is the time of B A."""
+    found = []
+    n = m = 4096
+    for density in (0.01, 0.05):
+        for tokens in (1, 8, 64, 2048):
+            shape = f"T={tokens} {m}→{n} {density:.0%}"
+            for name, make in (("spmm", spmm_problem), ("spmm_t", spmm_t_problem), ("sddmm", sddmm_problem)):
+                if tokens < 64 and name != "spmm":
+                    continue  # decode has no backward
+                problem = make(tokens, n, m, density, torch.bfloat16)
+                quick = tokens in (1, 2048)
+                found.append(Case("sparse", name, shape, torch.bfloat16, problem, quick=quick, devices=("cuda",)))
+    compose = compose_problem(n, m, 1024, 0.05, torch.bfloat16)
+    found.append(
+        Case(
+            "sparse",
+            "compose",
+            f"{m}→{n} r=1024 5%",
+            torch.bfloat16,
+            compose,
+            baseline=SLTRAIN,
+            targets=(Target(_PRODUCT, 1 / 1.1),),
+            quick=True,
+            devices=("cuda",),
+        )
+    )
+    return found
+
+
 def cases() -> list[Case]:
     """All cases of the family."""
-    found = []
+    found = gpu_cases()
     tokens, density = 2048, 0.03
     for dtype in (torch.float32, torch.bfloat16):
         full = dtype == torch.float32
@@ -171,13 +207,15 @@ def cases() -> list[Case]:
                 ("sddmm", sddmm_problem, sddmm_goals),
             ):
                 problem = make(tokens, n, m, density, dtype)
-                found.append(Case("sparse", name, shape, dtype, problem, targets=goals, quick=full or n == m))
+                quick = full or n == m
+                found.append(Case("sparse", name, shape, dtype, problem, targets=goals, quick=quick, devices=("cpu",)))
     for dtype in (torch.float32, torch.bfloat16):
         for n, m, r in ((1024, 1024, 256), (2736, 1024, 256), (4096, 4096, 1024)):
             shape = f"{m}→{n} r={r} {density:.0%}"
             make = compose_problem(n, m, r, density, dtype)
             quick = n == 2736 and dtype == torch.float32
-            found.append(Case("sparse", "compose", shape, dtype, make, baseline=SLTRAIN, quick=quick))
+            case = Case("sparse", "compose", shape, dtype, make, baseline=SLTRAIN, quick=quick, devices=("cpu",))
+            found.append(case)
     for n, m in ((2736, 1024), (11008, 4096)):
         found.append(
             Case(

@@ -1,7 +1,9 @@
 """Family ``sparse``: products with a sparse matrix S [n, m] on a fixed random support in CSR form.
 
 S is given by ``values`` [nnz], ``crow`` int32 [n + 1] and ``col`` [nnz], sorted and unique within a row; ``col`` is
-int16 when m <= 32768, else int32. Every op checks the indices in O(nnz) unless ``validate=False``.
+int16 when m <= 32768, else int32. Every op checks the indices in O(nnz) unless ``validate=False``; on a GPU the check
+copies them to the CPU and waits, so check once (:func:`check_support`) and pass ``validate=False`` afterwards, as the
+modules do.
 """
 
 from __future__ import annotations
