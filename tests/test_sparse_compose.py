@@ -182,3 +182,28 @@ def test_wrappers_are_the_ops() -> None:
     assert_bitwise_equal(slkernels.gather_support(w, CROW, COL), gather(w), "gather_support")
     got = slkernels.compose(torch.ones(NNZ), CROW, COL, M, torch.ones(RANK, M), torch.ones(N, RANK), base=w)
     assert_bitwise_equal(got, compose(base=w), "compose")
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize(("n", "m", "rank"), [(130, 264, 40), (3, 8, 1), (257, 512, 100)])
+def test_tile_kernel_adds_s_in_its_epilogue(gpu, n: int, m: int, rank: int) -> None:
+    inputs = Inputs(torch.bfloat16, gpu)
+    crow, col = inputs.support(n, m, 0.1)
+    args = (inputs.tensor(col.numel()), crow, col, m, inputs.tensor(rank, m), inputs.tensor(n, rank), 0.5)
+    case = OpCase("_compose_tile", "drawn", lambda _: (), reference.compose, rank, magnitude=compose_magnitude)
+    assert_matches_reference(case, args, backward=False)
+    assert_bitwise_equal(ops._compose_tile(*args), ops._compose_tile(*args), "again")
+
+
+def test_tile_kernel_needs_cuda() -> None:
+    bf16 = torch.bfloat16
+    with pytest.raises(NotImplementedError, match="_compose_tile"):
+        ops._compose_tile(
+            torch.ones(NNZ, dtype=bf16),
+            CROW,
+            COL,
+            M,
+            torch.ones(RANK, M, dtype=bf16),
+            torch.ones(N, RANK, dtype=bf16),
+            1.0,
+        )

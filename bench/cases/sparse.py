@@ -14,6 +14,7 @@ from ..data import Sparse, generator, nbytes, sparse, uniform
 CSR = "torch.sparse_csr"
 SLTRAIN = "sltrain"
 _PRODUCT = "B A alone"
+_TILE = "slkernels tile"
 _BF16_CSR = Absent("torch has no CSR product in this dtype on a CPU")
 _BF16_SDDMM = Absent("torch's CSR sampled_addmm (cuSPARSE, MKL) has no bfloat16")
 
@@ -117,12 +118,18 @@ def compose_problem(n: int, m: int, r: int, density: float, dtype: torch.dtype):
             return weight
 
         bytes = s.nbytes + nbytes(a, b, w)
+        tile = Absent("the tensor-core kernel that adds S in its epilogue is for CUDA and bfloat16")
+        if device.type == "cuda" and dtype == torch.bfloat16:
+            tile = Provider(
+                lambda: torch.ops.slkernels._compose_tile(s.values, s.crow, s.col, m, a, b, alpha), error, gemm, bytes
+            )
         product = compare_with(cache(lambda: (alpha * (b.double() @ a.double()),)), dtype)
         return {
             OURS: Provider(
                 lambda: slkernels.compose(s.values, s.crow, s.col, m, a, b, alpha, validate=False), error, gemm, bytes
             ),
             SLTRAIN: Provider(sltrain, error, gemm, nbytes(a, b, w, s.flat, s.values)),
+            _TILE: tile,
             _PRODUCT: Provider(
                 lambda: torch.addmm(b.new_empty(n, m), b, a, beta=0, alpha=alpha), product, gemm, nbytes(a, b, w)
             ),

@@ -1,5 +1,6 @@
 // Family `sparse` on CUDA: scratch, device and stream for the launchers. Shapes and dtypes were checked in sparse.cpp.
 #ifdef SLKERNELS_WITH_CUDA
+#include "torch/gemm.h"
 #include "torch/stream.h"
 #include "torch/support.h"
 
@@ -89,5 +90,46 @@ void scatter_add(const Csr& s, const Tensor& values, const Tensor& w) {
   });
 }
 
+namespace {
+
+// compose by the tensor-core kernel that adds S in its epilogue, in place of cuBLAS and scatter_add: bf16, even rows of
+// W.
+Tensor compose_tile(const Tensor& values, const Tensor& crow, const Tensor& col, int64_t m, const Tensor& A,
+                    const Tensor& B, double alpha) {
+  constexpr const char* op = "_compose_tile";
+  check(crow.dim() == 1 && crow.size(0) >= 1, op, "crow must be [n + 1], got ", show(crow));
+  const int64_t n = crow.size(0) - 1;
+  check_same_device(op, "crow", crow, "values", values);
+  const Csr s = as_csr(op, crow, col, n, m, false);
+  check(values.dim() == 1 && values.size(0) == s.nnz, op, "values must be [", s.nnz, "], got ", show(values));
+  check(values.scalar_type() == ScalarType::BFloat16, op, "values must be bfloat16, got ", show(values.scalar_type()));
+  check(m % 8 == 0, op, "m must be a multiple of 8, got ", m);
+  check_lowrank(op, A, B, n, m, "values", values);
+  const int64_t rank = A.size(0);
+  const Tensor v = as_contiguous(values), b = with_aligned_rows(B), at = to_features(op, as_tokens(op, "A", A, m));
+  const Tensor w = empty_like_shape(values, {n, m});
+  const GemmArgs args = {b.const_data_ptr(),
+                         at.const_data_ptr(),
+                         w.mutable_data_ptr(),
+                         n,
+                         m,
+                         rank,
+                         row_distance(b),
+                         padded_tokens(rank),
+                         m};
+  on_stream_of(op, w, [&](cudaStream_t stream) {
+    return launch_compose_sm80(args, s, v.const_data_ptr(), float(alpha), stream);
+  });
+  return w;
+}
+
+}  // namespace
+
 }  // namespace slk::cuda
+
+namespace slk {
+STABLE_TORCH_LIBRARY_IMPL(slkernels, CUDA, m) {
+  m.impl("_compose_tile", TORCH_BOX(&cuda::compose_tile));
+}
+}  // namespace slk
 #endif

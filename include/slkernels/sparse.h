@@ -9,6 +9,7 @@
 // depends on the shapes only, so that results do not depend on the number of threads.
 #pragma once
 
+#include "slkernels/gemm.h"
 #include "slkernels/random_support.cuh"
 #include "slkernels/types.h"
 
@@ -113,6 +114,10 @@ cudaError_t launch_spmm_few(DType, const Csr&, const void* values, const Matrix&
 // out[k] = W[row(k), col(k)]; W[row(k), col(k)] += values[k]. W is [n, m] with leading dimension ld.
 cudaError_t launch_gather(DType, const Csr&, const void* w, int64_t ld, void* out, cudaStream_t);
 cudaError_t launch_scatter_add(DType, const Csr&, const void* values, void* w, int64_t ld, cudaStream_t);
+
+// W = alpha B A + S in one pass, bf16: c = W [n, m], a = B [n, r], b = A^T [m, r] as slkernels/gemm.h wants its
+// operands; values bf16. One fp32 sum and one rounding an element.
+cudaError_t launch_compose_sm80(const GemmArgs&, const Csr&, const void* values, float alpha, cudaStream_t);
 
 // CSR of S^T, as cpu::transpose_csr: row_t is int16 when n <= 32768, else int32. `scratch` has transpose_scratch(s)
 // int32.
