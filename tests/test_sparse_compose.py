@@ -185,12 +185,17 @@ def test_wrappers_are_the_ops() -> None:
 
 
 @pytest.mark.sanitize
+@pytest.mark.parametrize("kernel", ["sm80", "sm90"])
 @pytest.mark.parametrize(("n", "m", "rank"), [(130, 264, 40), (3, 8, 1), (257, 512, 100)])
-def test_tile_kernel_adds_s_in_its_epilogue(gpu, n: int, m: int, rank: int) -> None:
+def test_tile_kernel_adds_s_in_its_epilogue(gpu, n: int, m: int, rank: int, kernel: str) -> None:
+    if kernel == "sm90" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no GPU that runs sm90")
     inputs = Inputs(torch.bfloat16, gpu)
     crow, col = inputs.support(n, m, 0.1)
-    args = (inputs.tensor(col.numel()), crow, col, m, inputs.tensor(rank, m), inputs.tensor(n, rank), 0.5)
-    case = OpCase("_compose_tile", "drawn", lambda _: (), reference.compose, rank, magnitude=compose_magnitude)
+    args = (inputs.tensor(col.numel()), crow, col, m, inputs.tensor(rank, m), inputs.tensor(n, rank), 0.5, kernel)
+    case = OpCase(
+        "_compose_tile", "drawn", lambda _: (), lambda *a: reference.compose(*a[:7]), rank, magnitude=compose_magnitude
+    )
     assert_matches_reference(case, args, backward=False)
     assert_bitwise_equal(ops._compose_tile(*args), ops._compose_tile(*args), "again")
 

@@ -30,23 +30,11 @@ Tensor gemm_cpu(const Tensor& a, const Tensor& b, std::string kernel) {
 
 #ifdef SLKERNELS_WITH_CUDA
 
-int compute_capability(int32_t device) {
-  int major = 0, minor = 0;
-  check_cuda(kOp, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  check_cuda(kOp, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  return 10 * major + minor;
-}
-
 Tensor gemm_cuda(const Tensor& a, const Tensor& b, std::string kernel) {
   check_gemm(a, b, kernel);
   const int32_t device = a.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const int capability = compute_capability(device);
-  check(capability >= 80, kOp, "needs a GPU of compute capability 8.0 or newer, got ", capability / 10, ".",
-        capability % 10);
-  check(kernel != "sm90" || capability == 90, kOp, "kernel sm90 needs a GPU of compute capability 9.0, got ",
-        capability / 10, ".", capability % 10);
-  const bool hopper = kernel == "sm90" || (kernel == "auto" && capability == 90);
+  const bool hopper = picks_sm90(kOp, kernel, device);
   const int64_t m = a.size(0), n = b.size(0), k = a.size(1);
   const Tensor rows_a = with_aligned_rows(a), rows_b = with_aligned_rows(b);
   Tensor rows_c = empty_like_shape(a, {m, round_up(n, 8)});

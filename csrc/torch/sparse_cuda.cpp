@@ -95,7 +95,7 @@ namespace {
 // compose by the tensor-core kernel that adds S in its epilogue, in place of cuBLAS and scatter_add: bf16, even rows of
 // W.
 Tensor compose_tile(const Tensor& values, const Tensor& crow, const Tensor& col, int64_t m, const Tensor& A,
-                    const Tensor& B, double alpha) {
+                    const Tensor& B, double alpha, std::string kernel) {
   constexpr const char* op = "_compose_tile";
   check(crow.dim() == 1 && crow.size(0) >= 1, op, "crow must be [n + 1], got ", show(crow));
   const int64_t n = crow.size(0) - 1;
@@ -117,8 +117,10 @@ Tensor compose_tile(const Tensor& values, const Tensor& crow, const Tensor& col,
                          row_distance(b),
                          padded_tokens(rank),
                          m};
+  const bool hopper = picks_sm90(op, kernel, w.get_device_index());
+  check(!hopper || rank > 0, op, "rank must be at least 1");
   on_stream_of(op, w, [&](cudaStream_t stream) {
-    return launch_compose_sm80(args, s, v.const_data_ptr(), float(alpha), stream);
+    return (hopper ? launch_compose_sm90 : launch_compose_sm80)(args, s, v.const_data_ptr(), float(alpha), stream);
   });
   return w;
 }

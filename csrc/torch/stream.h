@@ -25,4 +25,22 @@ inline void check_cuda(const char* op, cudaError_t error) {
   check(error == cudaSuccess, op, "CUDA error: ", cudaGetErrorString(error));
 }
 
+inline int compute_capability(const char* op, int32_t device) {
+  int major = 0, minor = 0;
+  check_cuda(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  check_cuda(op, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  return 10 * major + minor;
+}
+
+// Whether `kernel` ("auto", "sm80" or "sm90") is the sm_90a one on this device. Raises where the device cannot run it.
+inline bool picks_sm90(const char* op, const std::string& kernel, int32_t device) {
+  check(kernel == "auto" || kernel == "sm80" || kernel == "sm90", op, "kernel must be auto, sm80 or sm90, got ",
+        kernel);
+  const int capability = compute_capability(op, device);
+  const auto found = [&] { return std::to_string(capability / 10) + "." + std::to_string(capability % 10); };
+  check(capability >= 80, op, "needs a GPU of compute capability 8.0 or newer, got ", found());
+  check(kernel != "sm90" || capability == 90, op, "kernel sm90 needs a GPU of compute capability 9.0, got ", found());
+  return kernel == "sm90" || (kernel == "auto" && capability == 90);
+}
+
 }  // namespace slk

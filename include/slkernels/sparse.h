@@ -118,6 +118,7 @@ cudaError_t launch_scatter_add(DType, const Csr&, const void* values, void* w, i
 // W = alpha B A + S in one pass, bf16: c = W [n, m], a = B [n, r], b = A^T [m, r] as slkernels/gemm.h wants its
 // operands; values bf16. One fp32 sum and one rounding an element.
 cudaError_t launch_compose_sm80(const GemmArgs&, const Csr&, const void* values, float alpha, cudaStream_t);
+cudaError_t launch_compose_sm90(const GemmArgs&, const Csr&, const void* values, float alpha, cudaStream_t);
 
 // CSR of S^T, as cpu::transpose_csr: row_t is int16 when n <= 32768, else int32. `scratch` has transpose_scratch(s)
 // int32.

@@ -175,11 +175,12 @@ define(
     setup_context=_compose_setup,
     backward=_compose_backward,
 )
-# compose in one pass, by the sm_80 tensor-core kernel whose epilogue adds S: CUDA, bfloat16, m a multiple of 8, indices
-# not checked. To be compared with cuBLAS and a scatter, which compose uses: neither has been timed yet.
+# compose in one pass, by the tensor-core kernels (auto, sm80 or sm90) that add S to a tile before it leaves: CUDA,
+# bfloat16, m a multiple of 8, indices not checked. compose uses cuBLAS and a scatter until the two have been timed.
 define(
-    "_compose_tile(Tensor values, Tensor crow, Tensor col, SymInt m, Tensor A, Tensor B, float alpha) -> Tensor",
-    fake=lambda values, crow, col, m, A, B, alpha: _compose_fake(values, crow, col, m, A, B, alpha),
+    "_compose_tile(Tensor values, Tensor crow, Tensor col, SymInt m, Tensor A, Tensor B, float alpha, "
+    'str kernel="auto") -> Tensor',
+    fake=lambda values, crow, col, m, A, B, alpha, kernel="auto": _compose_fake(values, crow, col, m, A, B, alpha),
 )
 
 # ---- random supports ------------------------------------------------------------------------------------------------

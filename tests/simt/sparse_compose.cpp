@@ -86,7 +86,10 @@ bool check_all(const char* name, Launcher launcher) {
 }  // namespace
 
 int main() {
-  const bool ok = check_all("compose_sm80", cuda::launch_compose_sm80);
+  bool ok = check_all("compose_sm80", cuda::launch_compose_sm80);
+  ok &= check_all("compose_sm90", cuda::launch_compose_sm90);
+  // Two multiprocessors, six tiles: the builders and the consumers hand the tile of W back and forth.
+  ok &= check<int16_t>("compose_sm90", cuda::launch_compose_sm90, {260, 520, 72, 0.1});
   std::printf(ok ? "sparse_compose: ok\n" : "sparse_compose: failed\n");
   return ok ? 0 : 1;
 }
