@@ -2,9 +2,13 @@
 //
 //   chain    y = alpha (x A^T) B^T + x S^T; backward by the same products and an sddmm.
 //   compose  builds W, uses the dense library, and drops W; backward builds it again and reads dv, dA, dB off dW.
+#include "slkernels/sl.h"
 #include "slkernels/lowrank.h"
 #include "torch/lowrank.h"
 #include "torch/support.h"
+#ifdef SLKERNELS_WITH_CUDA
+#include "torch/stream.h"
+#endif
 
 namespace slk {
 namespace {
@@ -55,6 +59,46 @@ Layer check_layer(const char* op, const Tensor& x, const Tensor& A, const Tensor
   return {A, B, values, s, alpha};
 }
 
+#ifdef SLKERNELS_WITH_CUDA
+// The chain for a few tokens on a GPU: every weight is read once, by two kernels.
+Tensor decode(const Layer& layer, const Tensor& x, const Tensor* bias) {
+  constexpr const char* op = "sl_linear";
+  const DType dtype = dtype_of(op, "x", x);
+  const auto with_rows = [](const Tensor& t) { return t.stride(1) == 1 || t.size(1) <= 1 ? t : as_contiguous(t); };
+  const Tensor A = with_rows(layer.A), B = with_rows(layer.B), values = as_contiguous(layer.values);
+  const Tensor b = bias ? as_contiguous(*bias) : Tensor();
+  const Tensor y = empty_like_shape(x, {x.size(0), layer.s.n});
+  const Tensor z =
+      empty_like_shape(x, {x.size(0), layer.rank()}, dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
+  const cuda::SlDecodeArgs args = {as_matrix(x),
+                                   as_matrix(y),
+                                   A.const_data_ptr(),
+                                   B.const_data_ptr(),
+                                   values.const_data_ptr(),
+                                   bias ? b.const_data_ptr() : nullptr,
+                                   layer.rank(),
+                                   A.stride(0),
+                                   B.stride(0),
+                                   layer.alpha,
+                                   z.mutable_data_ptr()};
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  check_cuda(op, cuda::launch_sl_decode(dtype, args, layer.s, current_stream(op, device)));
+  return y;
+}
+#endif
+
+Tensor forward(const Layer& layer, Path path, const Tensor& x, const Tensor* bias) {
+  if (path == Path::compose)
+    return linear(x, compose_weight(layer.s, layer.values, &layer.A, &layer.B, layer.alpha, nullptr), 1, bias);
+#ifdef SLKERNELS_WITH_CUDA
+  if (x.is_cuda() && x.size(0) <= cuda::kDecodeTokens) return decode(layer, x, bias);
+#endif
+  const Tensor y = linear(linear(x, layer.A, 1, nullptr), layer.B, layer.alpha, bias);
+  spmm_into(layer.s, layer.values, x, y, true);
+  return y;
+}
+
 Tensor sl_linear(const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& values, const Tensor& crow,
                  const Tensor& col, double alpha, std::optional<Tensor> bias, std::string path, bool validate) {
   const char* op = "sl_linear";
@@ -66,13 +110,7 @@ Tensor sl_linear(const Tensor& x, const Tensor& A, const Tensor& B, const Tensor
   }
   const Tensor x2 = as_tokens(op, "x", x, s.m);
   const Tensor* b = bias ? &*bias : nullptr;
-  Tensor y;
-  if (choose_path(path, layer, x2) == Path::chain) {
-    y = linear(linear(x2, A, 1, nullptr), B, alpha, b);
-    spmm_into(s, values, x2, y, true);
-  } else {
-    y = linear(x2, compose_weight(s, values, &A, &B, alpha, nullptr), 1, b);
-  }
+  const Tensor y = forward(layer, choose_path(path, layer, x2), x2, b);
   Shape shape = shape_of(x);
   shape.back() = s.n;
   return torch::stable::view(y, {shape.data(), shape.size()});
