@@ -56,7 +56,9 @@ def parse_usage(text: str) -> Usage:
             kernel = short_name(found.group(1))
         elif "REG:" in line:
             numbers = {field: int(re.search(rf"\b{key}:(\d+)", line).group(1)) for field, key in FIELDS.items()}
-            usage.setdefault(kernel, {})[architecture] = numbers
+            seen = usage.setdefault(kernel, {}).setdefault(architecture, numbers)
+            # Two files may have a kernel of the same name: the larger one speaks for both.
+            usage[kernel][architecture] = {field: max(seen[field], numbers[field]) for field in FIELDS}
     return usage
 
 
@@ -94,6 +96,12 @@ def measure(library: Path) -> Usage:
     return parse_usage(cuobjdump("--dump-resource-usage", str(library)))
 
 
+def as_text(budget: dict[str, dict]) -> str:
+    """The budget as JSON, one line an architecture."""
+    text = re.sub(r"\{\s+(\"registers\"[^}]*?)\s+\}", r"{\1}", json.dumps(budget, indent=2))
+    return re.sub(r"(\"registers\": \d+,)\s+(\"stack\": \d+,)\s+", r"\1 \2 ", text) + "\n"
+
+
 def main() -> None:
     import slkernels
 
@@ -102,9 +110,7 @@ def main() -> None:
     new: dict[str, dict] = {}
     for kernel, architectures in sorted(usage.items()):
         new[kernel] = {key: old[kernel][key] for key in ("instructions",) if key in old.get(kernel, {})} | architectures
-    # One line an architecture.
-    text = re.sub(r"\{\s+(\"registers\"[^}]*?)\s+\}", r"{\1}", json.dumps(new, indent=2))
-    text = re.sub(r"(\"registers\": \d+,)\s+(\"stack\": \d+,)\s+", r"\1 \2 ", text) + "\n"
+    text = as_text(new)
     if "--update" in sys.argv:
         BUDGET.write_text(text)
     else:

@@ -37,6 +37,14 @@ def test_reports_are_understood():
     assert cuda_budget.parse_instructions(SASS) == {"f_kernel": {"MOV", "HMMA.16816.F32.BF16"}}
 
 
+def test_of_kernels_of_the_same_name_the_larger_counts():
+    text = "arch = sm_80\n" + "".join(
+        f" Function slk::cuda::(anonymous namespace)::count_kernel(int{stars}):\n  REG:{r} STACK:0 SHARED:{s} LOCAL:0\n"
+        for stars, r, s in (("", 40, 0), ("*", 20, 64))
+    )
+    assert cuda_budget.parse_usage(text) == {"count_kernel": {"sm_80": {"registers": 40, "stack": 0, "shared": 64}}}
+
+
 def test_violations_are_found():
     budget = {
         "f_kernel": {"instructions": ["HMMA.16816", "LDSM"], "sm_80": {"registers": 39, "stack": 0, "shared": 128}},
