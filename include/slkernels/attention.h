@@ -1,0 +1,99 @@
+// Family `attention`: attention over the kept tiles of a mask, forward and backward.
+//
+//   s[i, j] = scale * q[i] . k[j];   with softcap c > 0:  s = c tanh(s / c);   s = -inf where the mask drops (i, j)
+//   lse[i]  = log sum_j exp s[i, j];   p = exp(s - lse);   o[i] = sum_j p[i, j] v[j]
+//   A row that keeps nothing: lse = -inf, o = 0, zero gradients.
+//
+// q [B, Hq, Sq, Dk], k [B, Hkv, Sk, Dk], v [B, Hkv, Sk, Dv], o [B, Hq, Sq, Dv], lse [B, Hq, Sq] (natural logarithm).
+// Query head h reads kv head h / (Hq / Hkv) and mask head h / (Hq / Hm).
+//
+// Backward, with the gradients do of o and dlse of lse:
+//   delta[i] = do[i] . o[i] - dlse[i];   ds = p * (do v^T - delta) * (1 - (s / c)^2);
+//   dq = scale ds k;   dk = scale ds^T q (summed over the group's heads);   dv = p^T do (likewise)
+//
+// The mask (BlockRows): row r = (b, hm, iq) of R = batches * heads * row_blocks stands for the queries
+// [iq * block_m, (iq + 1) * block_m). Its entries are t = row_ptr[r] + n, n < row_cnt[r]; entry t covers the keys
+// [idx[t] * unit, idx[t] * unit + block_n). The first row_nmask[r] entries are PARTIAL, the rest FULL. A FULL entry
+// keeps all of its tile; a PARTIAL one keeps
+//   (i, j)  where  j < hi[i]  and  (j >= lo[i] or j < sink)  and  bit (i, j) of bits[bit_id[t]] is set (bit_id[t] >= 0)
+// Queries >= Sq and keys >= Sk are never part of a tile. The columns col_idx[col_ptr[r] .. col_ptr[r + 1]) are single
+// keys that every query of the row keeps. A key is listed at most once a row.
+#pragma once
+
+#include "slkernels/types.h"
+
+#if defined(SLKERNELS_WITH_CUDA) || defined(__CUDACC__)
+#include <cuda_runtime.h>
+#endif
+
+namespace slk {
+
+// One direction of a block list. Entries [ptr[r], ptr[r] + cnt[r]) of idx belong to r; what lies between is not read.
+struct BlockList {
+  const int32_t *ptr, *cnt, *nmask;  // [batches, heads, blocks]
+  const int32_t* idx;                // [capacity]
+  const int32_t* bit_id;             // [capacity], -1: none; null: none at all
+  int64_t capacity, blocks;
+};
+
+struct BlockRows {
+  BlockList rows;          // blocks = ceil(Sq / block_m); idx counts units of keys
+  int64_t batches, heads;  // 1 or B; 1, Hkv or Hq
+  int64_t block_m, block_n, unit;
+  const int32_t *lo, *hi;  // null: no bound on that side. Element (b, hm, i) at b * batch + hm * head + i
+  int64_t lo_batch, lo_head, hi_batch, hi_head;  // strides; 0 where the extent is 1
+  int64_t sink;
+  const uint32_t* bits;  // [bit_tiles, block_m, block_n / 32]; bit j % 32 of word j / 32 is column j
+  int64_t bit_tiles;
+  const int32_t *col_ptr, *col_idx;  // [R + 1], [columns]; null: none
+  int64_t columns;
+};
+
+// Elements between neighbours of [B, H, S, D]; D is contiguous.
+struct HeadStrides {
+  int64_t batch, head, token;
+};
+
+struct AttentionShape {
+  int64_t batch, heads_q, heads_kv, sq, sk, dk, dv;
+  double scale, softcap;  // softcap 0: none
+  DType dtype;            // of q, k, v, o and their gradients; lse and delta are fp64 for f64, else fp32
+};
+
+struct AttentionForward {
+  AttentionShape shape;
+  BlockRows mask;
+  const void *q, *k, *v;
+  HeadStrides q_strides, k_strides, v_strides;
+  void* o;
+  HeadStrides o_strides;
+  void* lse;  // [B, Hq, Sq], contiguous
+};
+
+// The backward needs unit == block_n and no columns.
+struct AttentionBackward {
+  AttentionForward forward;  // o and lse are read
+  BlockList cols;            // the transpose: blocks = ceil(Sk / block_n), ordered (b, hm, jk); idx = iq, ascending
+                             // within the PARTIAL and within the FULL entries of a column; bit_id as in the rows
+  const void* d_o;
+  HeadStrides d_o_strides;
+  const void* dlse;  // [B, Hq, Sq], contiguous, lse's type; null: zero
+  void* delta;       // [B, Hq, Sq], contiguous scratch, lse's type
+  void *dq, *dk, *dv;
+  HeadStrides dq_strides, dk_strides, dv_strides;
+};
+
+#if defined(SLKERNELS_WITH_CUDA) || defined(__CUDACC__)
+namespace cuda {
+
+// bf16 and f16. An entry that lies outside (corrupt idx, bit_id, row_ptr or row_cnt) is skipped, never read.
+cudaError_t launch_attention_forward_sm80(const AttentionForward&, cudaStream_t);
+cudaError_t launch_attention_forward_sm90(const AttentionForward&, cudaStream_t);
+// Writes delta, then dk and dv over the columns, then dq over the rows: no atomics.
+cudaError_t launch_attention_backward_sm80(const AttentionBackward&, cudaStream_t);
+cudaError_t launch_attention_backward_sm90(const AttentionBackward&, cudaStream_t);
+
+}  // namespace cuda
+#endif
+
+}  // namespace slk

@@ -1,0 +1,3 @@
+"""Block-sparse attention."""
+
+from . import _ops  # noqa: F401  (registers the ops)

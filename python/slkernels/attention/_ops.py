@@ -1,0 +1,108 @@
+"""Family ``attention``: the ops that compute, over the tensors of a block-sparse layout."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._library import check, define, needs_grad
+
+_ops = torch.ops.slkernels
+
+# The mask of a call; include/slkernels/attention.h says what it means. The t_ tensors are the transposed lists.
+_LAYOUT = (
+    "Tensor row_ptr, Tensor row_cnt, Tensor row_nmask, Tensor idx, int block_m, int block_n, int unit, "
+    "Tensor? lo=None, Tensor? hi=None, int sink=0, Tensor? bits=None, Tensor? bit_id=None, "
+    "Tensor? col_ptr=None, Tensor? col_idx=None, "
+    "Tensor? t_ptr=None, Tensor? t_cnt=None, Tensor? t_nmask=None, Tensor? t_idx=None, Tensor? t_bit_id=None"
+)
+_LAYOUT_SIZE = _LAYOUT.count(",") + 1
+
+
+def _check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    check(q.dim() == 4, op, lambda: f"q must be [B, Hq, Sq, Dk], got {list(q.shape)}")
+    batch, heads, _, depth = q.shape
+    check(
+        k.dim() == 4 and k.shape[0] == batch and k.shape[3] == depth,
+        op,
+        lambda: f"k must be [{batch}, Hkv, Sk, {depth}], got {list(k.shape)}",
+    )
+    check(
+        v.dim() == 4 and v.shape[:3] == k.shape[:3],
+        op,
+        lambda: f"v must be [{k.shape[0]}, {k.shape[1]}, {k.shape[2]}, Dv], got {list(v.shape)}",
+    )
+    check(
+        k.shape[1] > 0 and heads % k.shape[1] == 0,
+        op,
+        lambda: f"q's heads must be a multiple of k's, got {heads} and {k.shape[1]}",
+    )
+
+
+def _empty_in_order_of(like: Tensor, features) -> Tensor:
+    """[B, H, S, features] with heads and tokens in memory as in ``like``: [B, S, H, D] views give such results."""
+    batch, heads, tokens, _ = like.shape
+    if like.stride(1) < like.stride(2):
+        return like.new_empty((batch, tokens, heads, features)).transpose(1, 2)
+    return like.new_empty((batch, heads, tokens, features))
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+# ---- block_sparse_attention -----------------------------------------------------------------------------------------
+
+
+def _attention_fake(q, k, v, *layout_scale_softcap):
+    _check_qkv("block_sparse_attention", q, k, v)
+    return _empty_in_order_of(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+
+
+def _attention_setup(ctx, inputs, output):
+    q, k, v, *layout, scale, softcap = inputs
+    ctx.numbers = [None if isinstance(a, Tensor) else a for a in layout]
+    ctx.present = [isinstance(a, Tensor) for a in layout]
+    ctx.save_for_backward(q, k, v, *output, *(a for a in layout if isinstance(a, Tensor)))
+    ctx.scale, ctx.softcap = scale, softcap
+    ctx.set_materialize_grads(False)
+
+
+def _attention_backward(ctx, do, dlse):
+    none = [None] * (3 + _LAYOUT_SIZE + 2)
+    need_q, need_k, need_v = (needs_grad(ctx, i) for i in range(3))
+    if (do is None and dlse is None) or not (need_q or need_k or need_v):
+        return tuple(none)
+    q, k, v, o, lse, *tensors = ctx.saved_tensors
+    given = iter(tensors)
+    layout = [next(given) if there else a for there, a in zip(ctx.present, ctx.numbers, strict=True)]
+    do = torch.zeros_like(o) if do is None else do
+    found = _ops.block_sparse_attention_backward(
+        do, dlse, q, k, v, o, lse, *layout, ctx.scale, ctx.softcap, need_q, need_k or need_v
+    )
+    grads = [g if need else None for g, need in zip(found, (need_q, need_k, need_v), strict=True)]
+    return tuple(grads + none[3:])
+
+
+def _attention_backward_fake(do, dlse, q, k, v, *rest):
+    need_q, need_kv = rest[-2:]
+    return (
+        _empty_in_order_of(q, q.shape[3]) if need_q else q.new_empty((0,)),
+        _empty_in_order_of(k, k.shape[3]) if need_kv else k.new_empty((0,)),
+        _empty_in_order_of(v, v.shape[3]) if need_kv else v.new_empty((0,)),
+    )
+
+
+define(
+    f"block_sparse_attention(Tensor q, Tensor k, Tensor v, {_LAYOUT}, float? scale=None, float softcap=0.0) "
+    "-> (Tensor, Tensor)",
+    fake=_attention_fake,
+    setup_context=_attention_setup,
+    backward=_attention_backward,
+)
+define(
+    "block_sparse_attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
+    f"{_LAYOUT}, float? scale=None, float softcap=0.0, bool need_q=True, bool need_kv=True) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=_attention_backward_fake,
+)
