@@ -81,8 +81,8 @@ struct IntervalRow {
 // MInference's vertical-slash index (arXiv 2407.02490, appendix C): the tiles and single columns of q block `iq` of a
 // causal prompt, for tiles of `block` x `block`. `vertical` ascends, `slash` (distances i - j) descends.
 //
-// A slash s crosses the block as the band of keys [end - s - block, end - s), end = (iq + 1) block, moved right to key 0
-// where it starts before it. Bands that overlap or lie less than a block apart join: a range grows by whole blocks.
+// A slash s crosses the block as the band of keys [end - s - block, end - s), end = (iq + 1) block, moved right to key
+// 0 where it starts before it. Bands that overlap or lie less than a block apart join: a range grows by whole blocks.
 // Slash 0 is always kept. A column is listed where no range holds it and a later range begins behind it.
 // Calls tile(start) for every tile of `block` keys and column(j), both ascending; at most slashes + 1 tiles.
 template <class OnTile, class OnColumn>

@@ -7,6 +7,7 @@
 
 #include <string>
 
+#include "slkernels/attention.h"
 #include "slkernels/attention_layout.cuh"
 #include "slkernels/types.h"
 #if defined(SLKERNELS_WITH_CUDA) || defined(__CUDACC__)
@@ -21,10 +22,12 @@ struct RowLists {
   int64_t rows, width;
 };
 
-// Bitmaps of partial tiles: bit j % 32 of word [tile, i, j / 32] is keep(i, j). An entry's bitmap is its slot's.
+// Bitmaps of partial tiles: bit j % 32 of word [tile, i, j / 32] is keep(i, j). Row r's n-th partial entry has bitmap
+// r * per_row + n.
 struct TileBits {
   int32_t* id;     // [rows, width]; -1: no bitmap
-  uint32_t* bits;  // [tiles, M, N / 32]
+  uint32_t* bits;  // [rows * per_row, M, N / 32]
+  int64_t per_row;
 };
 
 struct BlockMaskArgs {
@@ -65,20 +68,6 @@ struct TreeArgs {
   const int32_t* prefix;  // [rows / q_blocks]: keys before the first node's
 };
 
-// A layout as it is, for transposition and validation. Null where it has none.
-struct LayoutView {
-  Tiling tiling;
-  int64_t unit, groups;  // groups = B' * Hm; rows = groups * q_blocks
-  const int32_t *ptr, *cnt, *nmask, *idx;
-  int64_t capacity;  // of idx and bit_id
-  const int32_t* bit_id;
-  int64_t tiles;  // bitmaps
-  const int32_t *col_ptr, *col_idx;
-  int64_t columns;  // capacity of col_idx
-
-  SLK_LAYOUT_HD int64_t rows() const { return groups * tiling.q_blocks(); }
-};
-
 // The lists of every kv block: col (group, jk) holds the q blocks that list it, partial first, each class ascending.
 struct TransposedLists {
   int32_t *ptr, *cnt, *nmask;  // [groups, k_blocks]
@@ -96,11 +85,11 @@ void layout_tree(const TreeArgs&, const RowLists&, const TileBits&, Range rows);
 // Whole, in one call.
 void layout_cu_seqlens(const CuSeqlensArgs&);
 void layout_vertical_slash(const VerticalSlashArgs&, const RowLists&);
-void layout_transpose(const LayoutView&, const TransposedLists&);
+void layout_transpose(const BlockRows&, const TransposedLists&, int64_t k_blocks);
 
 // The first fault of a layout in words ("row 3 (batch 0, head 1, block 1): ..."), empty if there is none; needs
 // nothing of the layout to be right.
-std::string layout_fault(const LayoutView&, int64_t heads);
+std::string layout_fault(const BlockRows&, int64_t Sk);
 
 }  // namespace cpu
 }  // namespace slk

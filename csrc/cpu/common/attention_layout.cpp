@@ -66,17 +66,18 @@ void fold_bools(const bool* from, int64_t count, uint64_t& any, uint64_t& all) {
   all &= ands == kOnes;
 }
 
-// Gives each of the row's partial entries the bitmap of its slot, filled by write(words, jk).
+// Gives each of the row's partial entries a bitmap, filled by write(words, jk).
 template <class Write>
 void emit_bits(const Tiling& t, const RowLists& out, const TileBits& bits, int64_t r, const Write& write) {
   const int64_t slot = r * out.width, words = t.M * (t.N / 32);
-  for (int64_t e = slot; e < slot + out.cnt[r]; ++e) {
-    const bool partial = e < slot + out.nmask[r];
-    bits.id[e] = partial ? int32_t(e) : -1;
+  for (int64_t n = 0; n < out.cnt[r]; ++n) {
+    const bool partial = n < out.nmask[r];
+    const int64_t id = r * bits.per_row + n;
+    bits.id[slot + n] = partial ? int32_t(id) : -1;
     if (!partial) continue;
-    uint32_t* tile = bits.bits + e * words;
+    uint32_t* tile = bits.bits + id * words;
     std::memset(tile, 0, words * sizeof *tile);
-    write(tile, int64_t(out.idx[e]));
+    write(tile, int64_t(out.idx[slot + n]));
   }
 }
 
@@ -165,8 +166,7 @@ void layout_dense_mask(const DenseMaskArgs& args, const RowLists& out, const Til
     std::fill(any.begin(), any.end(), 0);
     std::fill(all.begin(), all.end(), 1);
     for (int64_t i = 0; i < queries; ++i)
-      for (int64_t j = 0; j < blocks; ++j)
-        fold_bools(mask + i * t.Sk + j * t.N, t.k_end(j) - j * t.N, any[j], all[j]);
+      for (int64_t j = 0; j < blocks; ++j) fold_bools(mask + i * t.Sk + j * t.N, t.k_end(j) - j * t.N, any[j], all[j]);
     for (int64_t j = 0; j < blocks; ++j) kinds[j] = all[j] ? kTileFull : any[j] ? kTilePartial : kTileNone;
     emit_row(out, r, kinds);
     emit_bits(t, out, bits, r, [&](uint32_t* tile, int64_t j) {
@@ -202,13 +202,14 @@ void layout_tree(const TreeArgs& args, const RowLists& out, const TileBits& bits
   }
 }
 
-void layout_transpose(const LayoutView& in, const TransposedLists& out) {
-  const int64_t q_blocks = in.tiling.q_blocks(), k_blocks = in.tiling.k_blocks(), columns = in.groups * k_blocks;
+void layout_transpose(const BlockRows& in, const TransposedLists& out, int64_t k_blocks) {
+  const BlockList& rows = in.rows;
+  const int64_t groups = in.batches * in.heads, columns = groups * k_blocks;
   const auto each = [&](const auto& visit) {
-    for (int64_t r = 0; r < in.rows(); ++r)
-      for (int32_t n = 0; n < in.cnt[r]; ++n) {
-        const int64_t e = int64_t(in.ptr[r]) + n;
-        visit(r / q_blocks * k_blocks + in.idx[e], e, int32_t(r % q_blocks), n < in.nmask[r]);
+    for (int64_t r = 0; r < groups * rows.blocks; ++r)
+      for (int32_t n = 0; n < rows.cnt[r]; ++n) {
+        const int64_t e = int64_t(rows.ptr[r]) + n;
+        visit(r / rows.blocks * k_blocks + rows.idx[e], e, int32_t(r % rows.blocks), n < rows.nmask[r]);
       }
   };
   std::fill(out.cnt, out.cnt + columns, 0);
@@ -227,7 +228,7 @@ void layout_transpose(const LayoutView& in, const TransposedLists& out) {
   each([&](int64_t c, int64_t e, int32_t iq, bool partial) {
     const int32_t to = partial ? next_partial[c]++ : next_full[c]++;
     out.idx[to] = iq;
-    if (out.bit_id) out.bit_id[to] = partial ? in.bit_id[e] : -1;
+    if (out.bit_id) out.bit_id[to] = partial ? rows.bit_id[e] : -1;
   });
 }
 
