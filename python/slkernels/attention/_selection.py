@@ -32,9 +32,9 @@ def vertical_slash(
     block: int = 64,
     scale: float | None = None,
 ) -> BlockRows:
-    """MInference's vertical-slash heads (arXiv 2407.02490, section 3.3, algorithm 2): the softmax of the last ``last_q``
-    queries over all keys, summed down columns and along diagonals; the ``vertical_size`` largest columns and the
-    ``slash_size`` largest diagonals of every head are kept.
+    """MInference's vertical-slash heads (arXiv 2407.02490, section 3.3, algorithm 2): the softmax of the last
+    ``last_q`` queries over all keys, summed down columns and along diagonals; the ``vertical_size`` largest columns and
+    the ``slash_size`` largest diagonals of every head are kept.
 
     Args:
         q [B, Hq, S, D], k [B, Hkv, S, D]. first, recent: columns and diagonals that are always among the chosen.
@@ -96,12 +96,12 @@ def hip(
     """HiP's hierarchical choice of keys (arXiv 2406.09827, section 3.1): a tree search in place of all scores.
 
     For every block of queries the kv blocks that it may see are cut into 2 topk equal ranges. A range's score is the
-    largest product of its centre token's key with any query of the block; the ``topk`` best ranges are halved and scored again,
-    until every range is one kv block. O(log S) scores of 2 topk keys a query block.
+    largest product of its centre token's key with any query of the block; the ``topk`` best ranges are halved and
+    scored again, until every range is one kv block. O(log S) scores of 2 topk keys a query block.
 
     Args:
-        q [B, Hq, Sq, D], k [B, Hkv, Sk, D], causal with the ends aligned. topk: kv blocks a query block. sink, recent: kv blocks
-            at the start and up to the diagonal that are kept besides.
+        q [B, Hq, Sq, D], k [B, Hkv, Sk, D], causal with the ends aligned. topk: kv blocks a query block. sink, recent:
+            kv blocks at the start and up to the diagonal that are kept besides.
 
     Returns:
         A trainable layout with a mask a query head.

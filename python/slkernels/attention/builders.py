@@ -112,8 +112,8 @@ class Builders:
         prefix, its ancestors and itself.
 
         Args:
-            parent: int [B', nodes]; a parent is an earlier node, or -1 for a root. prefix: keys before the first node's,
-                int [B'] or one number. sk: keys, at least prefix + nodes.
+            parent: int [B', nodes]; a parent is an earlier node, or -1 for a root. prefix: keys before the first
+                node's, int [B'] or one number. sk: keys, at least prefix + nodes.
 
         The prefix costs what dense attention costs: only the tiles that hold nodes have bitmaps.
         """

@@ -72,8 +72,8 @@ def a_shape(
     block_n: int = 128,
     device: Device = None,
 ) -> BlockRows:
-    """The first ``sink`` keys and the last ``window``, causal: MInference's A-shape head (arXiv 2407.02490, section 3.2)
-    and StreamingLLM's attention sinks (arXiv 2309.17453, section 3.2), positions left as they are."""
+    """The first ``sink`` keys and the last ``window``, causal: MInference's A-shape head (arXiv 2407.02490, section
+    3.2) and StreamingLLM's attention sinks (arXiv 2309.17453, section 3.2), positions left as they are."""
     if window < 1 or sink < 0:
         raise ValueError(f"window must be at least 1 and sink at least 0, got {window} and {sink}")
     sk = sq if sk is None else sk
@@ -109,9 +109,9 @@ def _pack_bits(mask: Tensor) -> Tensor:
 def strided(
     sq: int, stride: int, sk: int | None = None, *, block_m: int = 128, block_n: int = 128, device: Device = None
 ) -> BlockRows:
-    """The Sparse Transformer's strided pattern (arXiv 1904.10509, section 4.3), both heads' sets in one: i - j <= stride
-    (the local set, max(0, i - stride) to i) or (i - j) mod stride == 0. The mask depends on i - j alone, so tiles at the
-    same distance from the diagonal share one bitmap."""
+    """The Sparse Transformer's strided pattern (arXiv 1904.10509, section 4.3), both heads' sets in one: i - j <=
+    stride (the local set, max(0, i - stride) to i) or (i - j) mod stride == 0. The mask depends on i - j alone, so
+    tiles at the same distance from the diagonal share one bitmap."""
     if stride < 1:
         raise ValueError(f"stride must be at least 1, got {stride}")
     sk = sq if sk is None else sk
@@ -205,9 +205,9 @@ def packed(
     block_n: int = 128,
     device: Device = None,
 ) -> Packing:
-    """Prepacking (arXiv 2404.09529, section 3.2): prompts of different lengths share rows of ``capacity`` tokens (default
-    the longest prompt), by first-fit decreasing; each sees only itself, causally, at positions from 0. The padding at
-    the end of a row sees nothing."""
+    """Prepacking (arXiv 2404.09529, section 3.2): prompts of different lengths share rows of ``capacity`` tokens
+    (default the longest prompt), by first-fit decreasing; each sees only itself, causally, at positions from 0. The
+    padding at the end of a row sees nothing."""
     capacity = max(lengths, default=0) if capacity is None else capacity
     if any(not 0 < n <= capacity for n in lengths):
         raise ValueError(f"lengths must be in [1, {capacity}], got {list(lengths)}")
@@ -265,10 +265,10 @@ def graph(
 ) -> BlockRows:
     """GraphCodeBERT's graph-guided masked attention (arXiv 2009.08366, section 4.2), bidirectional, one mask a batch.
 
-    Row b holds ``tokens[b]`` code tokens (with [CLS] and [SEP]) at 0.., then its variables at ``tokens[b]``.., padding up to
-    s. Code tokens see each other; variable n sees the code tokens of ``spans[b][n]`` = (first, end), which see it, and
-    the variables ``edges[b][n]``, from which its value comes; ``special[b]`` (positions of [CLS], [SEP]) see everything
-    but the padding.
+    Row b holds ``tokens[b]`` code tokens (with [CLS] and [SEP]) at 0.., then its variables at ``tokens[b]``.., padding
+    up to s. Code tokens see each other; variable n sees the code tokens of ``spans[b][n]`` = (first, end), which see
+    it, and the variables ``edges[b][n]``, from which its value comes; ``special[b]`` (positions of [CLS], [SEP]) see
+    everything but the padding.
 
     Raises:
         ValueError: more than s positions, or a span outside of the code.
@@ -292,10 +292,10 @@ def graph(
 def chunked_cross(
     sq: int, chunk: int, retrieved: int, *, block_m: int = 128, block_n: int = 128, device: Device = None
 ) -> BlockRows:
-    """RETRO's chunked cross-attention (arXiv 2112.04426, section 2.4): the keys are the encoded neighbours of every chunk
-    of ``chunk`` tokens, ``retrieved`` a chunk (neighbours x their length), laid end to end. Token i sees the neighbours of
-    chunk floor((i + 1) / chunk) - 1: those of the last chunk that ends at or before it. The first chunk - 1 tokens see
-    none (o = 0)."""
+    """RETRO's chunked cross-attention (arXiv 2112.04426, section 2.4): the keys are the encoded neighbours of every
+    chunk of ``chunk`` tokens, ``retrieved`` a chunk (neighbours x their length), laid end to end. Token i sees the
+    neighbours of chunk floor((i + 1) / chunk) - 1: those of the last chunk that ends at or before it. The first chunk -
+    1 tokens see none (o = 0)."""
     seen = (torch.arange(sq, dtype=torch.int32, device=device) + 1) // chunk
     hi = (seen * retrieved).view(1, 1, sq)
     return BlockRows.from_interval((hi - retrieved).clamp(min=0), hi, block_m, block_n, sq // chunk * retrieved)
@@ -308,7 +308,8 @@ def latent(
     section 2.1.3): (q, k, causal layout) with Dk = 128 + 64 and values of Dv = 128, which ``attend`` takes as they are.
 
     Args:
-        q_nope [B, H, Sq, 128] and q_rope [B, H, Sq, 64]; k_nope [B, H, Sk, 128]; k_rope [B, 1, Sk, 64], shared by heads.
+        q_nope [B, H, Sq, 128] and q_rope [B, H, Sq, 64]; k_nope [B, H, Sk, 128]; k_rope [B, 1, Sk, 64], shared by
+        heads.
     """
     q = torch.cat((q_nope, q_rope), -1)
     k = torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)), -1)
@@ -342,8 +343,8 @@ def _by_position(name: str, sq: int, sk: int, device: torch.device, options: tup
 
 
 def build(name: str, q: Tensor, k: Tensor, **options) -> BlockRows:
-    """The pattern ``name`` for q [B, Hq, Sq, Dk] and k [B, Hkv, Sk, Dk]; ``options`` are the pattern's own. Layouts that
-    positions alone decide are built once for each size and kept (the last 64), with their transposes.
+    """The pattern ``name`` for q [B, Hq, Sq, Dk] and k [B, Hkv, Sk, Dk]; ``options`` are the pattern's own. Layouts
+    that positions alone decide are built once for each size and kept (the last 64), with their transposes.
 
     Raises:
         ValueError: no such name, or sizes that the pattern does not serve. TypeError: an option that it does not have.
