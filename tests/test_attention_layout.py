@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from slkernels.attention import BlockRows, attend
+from slkernels.attention import BlockRows
 from torch import Tensor
 
 ops = torch.ops.slkernels
@@ -514,7 +514,7 @@ def test_plot() -> None:
     matplotlib.use("Agg")
     layout = BlockRows.from_vertical_slash(torch.tensor([[[3, 5]]]), torch.tensor([[[100, 0]]]), 256)
     ax = layout.plot()
-    picture = torch.from_numpy(ax.images[0].get_array().filled())
+    picture = torch.from_numpy(ax.images[0].get_array().data)
     assert torch.equal(picture > 0, layout.to_dense()[0, 0])
     assert {t.get_text() for t in ax.get_legend().get_texts()} == {"full", "partial", "column"}
     assert (picture[200:, [3, 5]] == 3).all() and picture[255, 255] == 2 and picture[255, 150] == 1

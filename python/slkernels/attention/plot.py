@@ -30,7 +30,9 @@ def plot_layout(layout: BlockRows, batch: int = 0, head: int = 0, ax=None):
             picture[queries, host.col_idx[host.col_ptr[row] : host.col_ptr[row + 1]].long()] = 3
     picture *= kept
     ax = plt.subplots(figsize=(5, 5 * host.sq / max(host.sk, 1) + 0.6))[1] if ax is None else ax
-    ax.imshow(picture, cmap=ListedColormap(["white", *COLOURS.values()]), vmin=0, vmax=3, interpolation="nearest")
+    ax.imshow(
+        picture.numpy(), cmap=ListedColormap(["white", *COLOURS.values()]), vmin=0, vmax=3, interpolation="nearest"
+    )
     ax.set_xlabel("key")
     ax.set_ylabel("query")
     ax.legend(
