@@ -40,13 +40,20 @@ struct BlockRows {
   BlockList rows;          // blocks = ceil(Sq / block_m); idx counts units of keys
   int64_t batches, heads;  // 1 or B; 1, Hkv or Hq
   int64_t block_m, block_n, unit;
-  const int32_t *lo, *hi;  // null: no bound on that side. Element (b, hm, i) at b * batch + hm * head + i
+  const int32_t *lo, *hi;  // null: no bound on that side. Query i of batch b: b * batch + hm * head + i
   int64_t lo_batch, lo_head, hi_batch, hi_head;  // strides; 0 where the extent is 1
   int64_t sink;
   const uint32_t* bits;  // [bit_tiles, block_m, block_n / 32]; bit j % 32 of word j / 32 is column j
   int64_t bit_tiles;
   const int32_t *col_ptr, *col_idx;  // [R + 1], [columns]; null: none
   int64_t columns;
+
+  // The list of one block: (b, h) are a batch and one of `heads_q` query heads.
+  int64_t list_of(int64_t b, int64_t h, int64_t heads_q, int64_t block, int64_t blocks) const {
+    return (batch_of(b) * heads + head_of(h, heads_q)) * blocks + block;
+  }
+  int64_t batch_of(int64_t b) const { return batches == 1 ? 0 : b; }
+  int64_t head_of(int64_t h, int64_t heads_q) const { return h / (heads_q / heads); }
 };
 
 // Elements between neighbours of [B, H, S, D]; D is contiguous.
@@ -82,6 +89,27 @@ struct AttentionBackward {
   void *dq, *dk, *dv;
   HeadStrides dq_strides, dk_strides, dv_strides;
 };
+
+namespace cpu {
+
+// One unit of work; units are independent of each other, so that results do not depend on who does which.
+struct AttentionItem {
+  int64_t batch, head, block;  // block of queries of a query head, or of keys of a kv head
+};
+
+// Kernels assume a layout that lies inside: entries, bit tiles, columns.
+struct AttentionKernels {
+  // Floats of 64-byte aligned scratch that any call below needs.
+  int64_t (*scratch)(const AttentionShape&, const BlockRows&);
+  void (*forward)(const AttentionForward&, AttentionItem, float* scratch);       // o and lse of a block of queries
+  void (*delta)(const AttentionBackward&, AttentionItem);                        // delta of a block of queries
+  void (*backward_q)(const AttentionBackward&, AttentionItem, float* scratch);   // dq of a block of queries
+  void (*backward_kv)(const AttentionBackward&, AttentionItem, float* scratch);  // dk and dv of a block of keys
+};
+const AttentionKernels& attention_kernels();      // f32, bf16, f16
+const AttentionKernels& attention_kernels_f64();  // unblocked, for gradient checks; scratch is not used
+
+}  // namespace cpu
 
 #if defined(SLKERNELS_WITH_CUDA) || defined(__CUDACC__)
 namespace cuda {

@@ -16,7 +16,9 @@ _LAYOUT = (
     "Tensor? col_ptr=None, Tensor? col_idx=None, "
     "Tensor? t_ptr=None, Tensor? t_cnt=None, Tensor? t_nmask=None, Tensor? t_idx=None, Tensor? t_bit_id=None"
 )
-_LAYOUT_SIZE = _LAYOUT.count(",") + 1
+_LAYOUT_NAMES = [argument.split()[1].split("=")[0] for argument in _LAYOUT.split(", ")]
+_BIT_ID, _T_PTR = _LAYOUT_NAMES.index("bit_id"), _LAYOUT_NAMES.index("t_ptr")
+_FORWARD_ONLY = "no gradients for a layout with unit 1 or gathered columns (col_ptr, col_idx)"
 
 
 def _check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -69,13 +71,19 @@ def _attention_setup(ctx, inputs, output):
 
 
 def _attention_backward(ctx, do, dlse):
-    none = [None] * (3 + _LAYOUT_SIZE + 2)
+    none = [None] * (3 + len(_LAYOUT_NAMES) + 2)
     need_q, need_k, need_v = (needs_grad(ctx, i) for i in range(3))
     if (do is None and dlse is None) or not (need_q or need_k or need_v):
         return tuple(none)
     q, k, v, o, lse, *tensors = ctx.saved_tensors
     given = iter(tensors)
     layout = [next(given) if there else a for there, a in zip(ctx.present, ctx.numbers, strict=True)]
+    if (need_k or need_v) and layout[_T_PTR] is None:
+        row_ptr, row_cnt, row_nmask, idx, _, block_n, unit, *_ = layout
+        bit_id, col_ptr = layout[_BIT_ID], layout[_BIT_ID + 1]
+        check(unit == block_n and col_ptr is None, "block_sparse_attention", lambda: _FORWARD_ONLY)
+        lists = _ops.layout_transpose(row_ptr, row_cnt, row_nmask, idx, block_n, k.shape[2], bit_id)
+        layout[_T_PTR:] = [*lists[:4], None if bit_id is None else lists[4]]
     do = torch.zeros_like(o) if do is None else do
     found = _ops.block_sparse_attention_backward(
         do, dlse, q, k, v, o, lse, *layout, ctx.scale, ctx.softcap, need_q, need_k or need_v
