@@ -18,7 +18,7 @@ INT32 = torch.int32
 def decode(layout: BlockRows) -> Tensor:
     """The mask of a layout, entry by entry from the format's definition; no pair may be listed twice."""
     L = layout.to("cpu")
-    batches, heads, blocks = L.row_ptr.shape
+    batches, heads, blocks = L.shape[0], *L.row_ptr.shape[1:]
     listed = torch.zeros(batches, heads, L.sq, L.sk, dtype=torch.int32)
     keep = torch.zeros(batches, heads, L.sq, L.sk, dtype=torch.bool)
     for r in range(batches * heads * blocks):
@@ -29,7 +29,8 @@ def decode(layout: BlockRows) -> Tensor:
         def bound(t: Tensor, b=b, h=h, rows=rows) -> Tensor:
             return t[b if t.shape[0] > 1 else 0, h if t.shape[1] > 1 else 0, rows, None]
 
-        first, count, partial = (int(t[b, h, iq]) for t in (L.row_ptr, L.row_cnt, L.row_nmask))
+        row_b = b if L.row_ptr.shape[0] > 1 else 0
+        first, count, partial = (int(t[row_b, h, iq]) for t in (L.row_ptr, L.row_cnt, L.row_nmask))
         for n in range(count):
             start = int(L.idx[first + n]) * L.unit
             keys = slice(start, min(start + L.block_n, L.sk))
@@ -47,7 +48,8 @@ def decode(layout: BlockRows) -> Tensor:
             keep[b, h, rows, keys] |= tile
             listed[b, h, rows, keys] += 1
         if L.col_ptr is not None:
-            for c in L.col_idx[L.col_ptr[r] : L.col_ptr[r + 1]].tolist():
+            own = (row_b * heads + h) * blocks + iq
+            for c in L.col_idx[L.col_ptr[own] : L.col_ptr[own + 1]].tolist():
                 keep[b, h, rows, c] = True
                 listed[b, h, rows, c] += 1
     assert listed.max() <= 1 if listed.numel() else True
@@ -252,6 +254,21 @@ def test_csr_and_padded_lists_are_taken_as_they_are() -> None:
     layout = BlockRows.from_padded(padded, count, 64, 128, sq, sk, hi=hi)
     assert layout.hi.data_ptr() == hi.data_ptr()
     assert_is(layout, mask & (torch.arange(sk) < hi[..., None]), tight=False)
+
+
+def test_bounds_of_each_batch_over_lists_of_all() -> None:
+    """One list for the batch, an interval for each: lengths of padded rows, say."""
+    full = torch.ones(1, 2, 3, 2, dtype=torch.bool)
+    hi = torch.randint(0, 130, (3, 1, 150), dtype=INT32)
+    layout = BlockRows.from_block_mask(full, 64, 128, 150, 130)
+    layout = replace(layout, hi=hi, row_nmask=layout.row_cnt)
+    assert layout.shape == (3, 2, 150, 130)
+    assert_is(layout, (torch.arange(130) < hi[..., None]).expand(3, 2, -1, -1), tight=False)
+    prompt = BlockRows.from_vertical_slash(torch.tensor([[[3, 5]]]), torch.tensor([[[0]]]), 128)
+    lo = torch.tensor([0, 40], dtype=INT32).view(2, 1, 1).expand(2, 1, 128).contiguous()
+    layout = replace(prompt, lo=lo)
+    assert_is(layout, decode(layout), tight=False)
+    assert layout.density.tiles == prompt.density.tiles
 
 
 def test_to_keeps_everything_and_copies_nothing_in_place() -> None:

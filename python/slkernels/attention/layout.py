@@ -82,8 +82,9 @@ class BlockRows(Builders):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(B', Hm, sq, sk): the shape of :meth:`to_dense`."""
-        return (*self.row_ptr.shape[:2], self.sq, self.sk)
+        """(B', Hm, sq, sk): the shape of :meth:`to_dense`; B' of the bounds, if that of the lists is 1."""
+        wide = max(self.row_ptr.shape[0], *(t.shape[0] for t in (self.lo, self.hi) if t is not None), 0)
+        return wide, self.row_ptr.shape[1], self.sq, self.sk
 
     @property
     def trainable(self) -> bool:
@@ -129,17 +130,30 @@ class BlockRows(Builders):
         _ops.layout_check(*lists, *sizes, *rest)
         return self
 
+    def _per_row(self, t: Tensor) -> Tensor:
+        """A row tensor as int64 [rows of :attr:`shape`]."""
+        return t.expand(self.shape[0], -1, -1).reshape(-1).long()
+
     def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of all counted entries: their row, their number in the row, their position in idx."""
-        count = self.row_cnt.reshape(-1).long()
+        count = self._per_row(self.row_cnt)
         n = torch.arange(int(count.max()) if count.numel() else 0, device=self.device)
         row, number = (n < count[:, None]).nonzero(as_tuple=True)
-        return row, number, self.row_ptr.reshape(-1).long()[row] + number
+        return row, number, self._per_row(self.row_ptr)[row] + number
+
+    def _columns(self) -> tuple[Tensor, Tensor]:
+        """Of all single columns: their row and their key."""
+        first, count = self.col_ptr[:-1].long(), self.col_ptr.diff().long()
+        copies = self.shape[0] // max(self.row_ptr.shape[0], 1)
+        first, count = first.repeat(copies), count.repeat(copies)
+        row = torch.repeat_interleave(torch.arange(len(count), device=self.device), count)
+        number = torch.arange(len(row), device=self.device) - (count.cumsum(0) - count)[row]
+        return row, self.col_idx[first[row] + number].long()
 
     def to_dense(self) -> Tensor:
         """The mask itself: bool [B', Hm, sq, sk]. For tests, plots and small sizes."""
-        batches, heads, blocks = self.row_ptr.shape
-        M, N, device = self.block_m, self.block_n, self.device
+        batches, heads, *_ = self.shape
+        M, N, blocks, device = self.block_m, self.block_n, self.row_ptr.shape[2], self.device
         kept = torch.zeros(batches * heads * blocks, M, self.sk + N, dtype=torch.bool, device=device)
         row, number, entry = self._entries()
         i, j = torch.arange(M, device=device), torch.arange(N, device=device)
@@ -156,18 +170,17 @@ class BlockRows(Builders):
             words = self.bits[bit_id.clamp(min=0)] if len(self.bits) else self.bits.new_zeros(len(row), M, N // 32)
             bits = (words[..., None] >> torch.arange(32, device=device)) & 1
             keep &= bits.view(len(row), M, N).bool() | (bit_id < 0)[:, None, None]
-        keep |= (number >= self.row_nmask.reshape(-1)[row])[:, None, None]
+        keep |= (number >= self._per_row(self.row_nmask)[row])[:, None, None]
         found = keep.nonzero(as_tuple=True)
         kept[row[found[0]], found[1], key[found[0], found[2]]] = True
         if self.col_ptr is not None:
-            count = self.col_ptr.diff().long()
-            of_row = torch.repeat_interleave(torch.arange(len(count), device=device), count)
-            kept[of_row, :, self.col_idx[: len(of_row)].long()] = True
+            of_row, column = self._columns()
+            kept[of_row, :, column] = True
         return kept.view(batches, heads, blocks * M, self.sk + N)[:, :, : self.sq, : self.sk].contiguous()
 
     def _per_query(self, bound: Tensor) -> Tensor:
         """lo or hi as [B' * Hm, sq]."""
-        return bound.expand(*self.row_ptr.shape[:2], self.sq).reshape(-1, self.sq)
+        return bound.expand(*self.shape[:2], self.sq).reshape(-1, self.sq)
 
     @property
     def density(self) -> Density:
@@ -180,8 +193,8 @@ class BlockRows(Builders):
         keys = (self.sk - self.idx[entry].long() * self.unit).clamp(max=self.block_n)
         listed = int((queries * keys).sum())
         if self.col_ptr is not None:
-            iq = torch.arange(self.row_ptr.numel(), device=self.device) % blocks
-            listed += int((self.col_ptr.diff() * (self.sq - iq * self.block_m).clamp(max=self.block_m)).sum())
+            row, _ = self._columns()
+            listed += int((self.sq - row % blocks * self.block_m).clamp(max=self.block_m).sum())
         return Density(listed / pairs, int(dense.sum()) / pairs)
 
     def plot(self, batch: int = 0, head: int = 0, ax=None):

@@ -331,6 +331,8 @@ _BY_CONTENT: dict[str, Callable[..., BlockRows]] = {
     "hip": hip,
 }
 NAMES = (*_BY_POSITION, *_BY_CONTENT)
+# Not for queries behind a cache.
+PROMPTS_ONLY = ("vertical_slash", "block_sparse", "local_global")
 
 
 @lru_cache(maxsize=64)
