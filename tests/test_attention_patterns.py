@@ -338,6 +338,15 @@ def test_attend_by_name(name) -> None:
         assert patterns.build(name, q, k, **NAMED[name]) is layout  # built once
 
 
+def test_a_layout_built_for_inference_serves_training() -> None:
+    q, k, v = qkv(140, 140)
+    with torch.inference_mode():
+        layout = patterns.build("sliding_window", q, k, window=41)
+    assert patterns.build("sliding_window", q, k, window=41) is layout
+    attend(q.requires_grad_(), k, v, layout).sum().backward()
+    assert q.grad.abs().max() > 0
+
+
 def test_build_errors() -> None:
     q, k, _ = qkv(10, 10)
     with pytest.raises(ValueError, match=r"pattern must be one of causal, sliding_window, .*, got 'diagonal'"):

@@ -8,8 +8,8 @@ patterns are aligned at the end: query i of sq stands at position i + sk - sq, s
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -335,13 +335,16 @@ NAMES = (*_BY_POSITION, *_BY_CONTENT)
 PROMPTS_ONLY = ("vertical_slash", "block_sparse", "local_global")
 
 
-@lru_cache(maxsize=64)
-def _by_position(name: str, sq: int, sk: int, device: torch.device, options: tuple) -> BlockRows:
-    if name == "local_global":
-        if sq != sk:
-            raise ValueError(f"local_global needs as many queries as keys, got {sq} and {sk}")
-        return local_global(sq, device=device, **dict(options))
-    return _BY_POSITION[name](sq, sk=sk, device=device, **dict(options))
+_built: OrderedDict[tuple, BlockRows] = OrderedDict()
+_KEPT = 64
+
+
+def _by_position(name: str, sq: int, sk: int, device: torch.device, options: dict) -> BlockRows:
+    if name != "local_global":
+        return _BY_POSITION[name](sq, sk=sk, device=device, **options)
+    if sq != sk:
+        raise ValueError(f"local_global needs as many queries as keys, got {sq} and {sk}")
+    return local_global(sq, device=device, **options)
 
 
 def build(name: str, q: Tensor, k: Tensor, **options) -> BlockRows:
@@ -355,4 +358,14 @@ def build(name: str, q: Tensor, k: Tensor, **options) -> BlockRows:
         return _BY_CONTENT[name](q.detach(), k.detach(), **options)
     if name not in _BY_POSITION:
         raise ValueError(f"pattern must be one of {', '.join(NAMES)}, got {name!r}")
-    return _by_position(name, q.shape[2], k.shape[2], q.device, tuple(sorted(options.items())))
+    what = (name, q.shape[2], k.shape[2], q.device)
+    if torch.compiler.is_compiling():  # a graph has its own inputs
+        return _by_position(*what, options)
+    key = (*what, *sorted(options.items()))
+    if key not in _built:
+        with torch.inference_mode(False):  # training may use it later
+            _built[key] = _by_position(*what, options)
+        if len(_built) > _KEPT:
+            _built.popitem(last=False)
+    _built.move_to_end(key)
+    return _built[key]

@@ -26,8 +26,8 @@ def register_attention(pattern: str = "causal", name: str | None = None, **optio
     Returns:
         The name.
 
-    Single tokens and other queries behind a cache are served by the same pattern, except those that are for prompts only
-    (``vertical_slash``, ``block_sparse``, ``hip``): after the prompt they attend densely, as in MInference.
+    Queries behind a cache, single tokens say, are served by the same pattern, except for those that are for whole
+    prompts (``patterns.PROMPTS_ONLY``): after the prompt these attend densely, as in MInference.
 
     Raises:
         ValueError: no such pattern. Models that run with it raise NotImplementedError for what would change the mask or

@@ -1,4 +1,4 @@
-"""Modules: in place of ``torch.nn.Linear``, sparse plus low-rank and low-rank; attention over a block-sparse pattern."""
+"""Modules: sparse plus low-rank and low-rank in place of ``torch.nn.Linear``, attention over a block-sparse pattern."""
 
 from .block_sparse_attention import BlockSparseAttention
 from .lowrank_linear import LowRankLinear
