@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -99,11 +100,12 @@ def _from_kinds(kinds: Tensor, bit_id: Tensor, bits: Tensor, hi: Tensor, block_m
     )
 
 
-def _pack_bits(mask: Tensor) -> Tensor:
-    """Bool [tiles, M, N] as bitmaps int32 [tiles, M, N / 32]."""
-    weights = torch.ones(32, dtype=torch.int64, device=mask.device) << torch.arange(32, device=mask.device)
-    words = (mask.view(*mask.shape[:2], -1, 32) * weights).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+def _bitmaps(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Of bool [tiles, M, N]: the kind of each (0 partial, 1 full, 2 empty), and bitmaps [tiles, M, N / 32], of which
+    those of partial tiles are written."""
+    masks = tiles[:, None]
+    _, count, partial, _, bits, _ = _ops.layout_from_dense_mask(masks, *tiles.shape[1:])
+    return (2 - count - partial).flatten(), bits
 
 
 def strided(
@@ -116,15 +118,19 @@ def strided(
         raise ValueError(f"stride must be at least 1, got {stride}")
     sk = sq if sk is None else sk
     q_blocks, k_blocks = -(-sq // block_m), -(-sk // block_n)
-    rows = torch.arange(q_blocks, device=device)[:, None] * block_m + (sk - sq)
-    distance = rows - torch.arange(k_blocks, device=device) * block_n  # of a tile's first query and key
-    values, tile = distance.unique(return_inverse=True)
-    inside = torch.arange(block_m, device=device)[:, None] - torch.arange(block_n, device=device)
-    d = values[:, None, None] + inside
+    # Tiles at distance first + n step from the diagonal (of their first query and key), n < count, and where each is.
+    step, first = gcd(block_m, block_n), sk - sq - (k_blocks - 1) * block_n
+    count = ((q_blocks - 1) * block_m + (k_blocks - 1) * block_n) // step + 1
+    rows = torch.arange(q_blocks, device=device)[:, None] * block_m
+    tile = (rows + torch.arange(k_blocks - 1, -1, -1, device=device) * block_n) // step
+    # The rule for every i - j there is, laid out so that a tile is a window whose rows move by one.
+    length = (count - 1) * step + block_m + block_n - 1
+    d = torch.arange(length, device=device) + (first - block_n + 1)
     keep = (d >= 0) & ((d <= stride) | (d % stride == 0))
-    kind = torch.where(keep.flatten(1).all(1), 1, torch.where(keep.flatten(1).any(1), 0, 2))[tile]
+    kind, bits = _bitmaps(keep.as_strided((count, block_m, block_n), (step, 1, 1)).flip(-1))
+    kind = kind[tile]
     hi = causal_bound(sq, sk, device)
-    return _from_kinds(kind, torch.where(kind == 0, tile, -1), _pack_bits(keep), hi, block_m, block_n, sq, sk)
+    return _from_kinds(kind, torch.where(kind == 0, tile, -1), bits, hi, block_m, block_n, sq, sk)
 
 
 def local_global(
@@ -146,10 +152,10 @@ def local_global(
     column = torch.arange(length, device=device).view(-1, block_n) >= length - summary  # [tiles of a stretch, N]
     of_tile = (k0 // block_n % (length // block_n)).expand(len(q0), -1)
     local = q0 // length == k0 // length
-    earlier = torch.where(column.all(1), 1, torch.where(column.any(1), 0, 2))[of_tile]
+    kind, bits = _bitmaps(column[:, None].expand(-1, block_m, -1))
+    earlier = kind[of_tile]
     cut = torch.where(k0 + block_n - 1 <= q0, 1, torch.where(k0 <= q0 + block_m - 1, 0, 2))
     kind = torch.where(local, cut, torch.where(k0 < q0, earlier, 2))
-    bits = _pack_bits(column[:, None].expand(-1, block_m, -1).contiguous())
     bit_id = torch.where((kind == 0) & ~local, of_tile, -1)
     return _from_kinds(kind, bit_id, bits, causal_bound(s, s, device), block_m, block_n, s, s)
 
