@@ -62,7 +62,7 @@ def test_causal_window_and_a_shape(sq, sk, block_m, block_n, device) -> None:
 
 @pytest.mark.parametrize(("block_m", "block_n"), BLOCKS)
 @pytest.mark.parametrize("stride", [1, 7, 64, 100])
-@pytest.mark.parametrize(("sq", "sk"), [(1, 1), (300, 300), (65, 270)])
+@pytest.mark.parametrize(("sq", "sk"), [(1, 1), (300, 300), (65, 270), (0, 5), (5, 0)])
 def test_strided(sq, sk, stride, block_m, block_n, device) -> None:
     """A(1) = {t, t + 1, ..., i}, t = max(0, i - l), and A(2) = {j <= i: (i - j) mod l = 0}."""
     layout = patterns.strided(sq, stride, sk, block_m=block_m, block_n=block_n, device=device)

@@ -47,23 +47,12 @@ uint32_t pack_bools(const bool* from, int64_t count) {
   return word;
 }
 
-// Ors and ands `count` bools.
-void fold_bools(const bool* from, int64_t count, uint64_t& any, uint64_t& all) {
-  constexpr uint64_t kOnes = 0x0101010101010101u;
-  uint64_t ors = 0, ands = kOnes;
-  int64_t j = 0;
-  for (; j + 8 <= count; j += 8) {
-    uint64_t bytes;
-    std::memcpy(&bytes, from + j, 8);
-    ors |= bytes;
-    ands &= bytes;
+// any |= row, all &= row, elementwise: one streaming pass over the mask, without a branch.
+void fold_row(const bool* __restrict row, int64_t count, uint8_t* __restrict any, uint8_t* __restrict all) {
+  for (int64_t j = 0; j < count; ++j) {
+    any[j] |= uint8_t(row[j]);
+    all[j] &= uint8_t(row[j]);
   }
-  for (; j < count; ++j) {
-    ors |= from[j];
-    ands &= from[j] ? kOnes : 0;
-  }
-  any |= ors;
-  all &= ands == kOnes;
 }
 
 // Gives each of the row's partial entries a bitmap, filled by write(words, jk).
@@ -157,17 +146,20 @@ void layout_vertical_slash(const VerticalSlashArgs& args, const RowLists& out) {
 
 void layout_dense_mask(const DenseMaskArgs& args, const RowLists& out, const TileBits& bits, Range rows) {
   const Tiling& t = args.tiling;
-  const int64_t blocks = t.k_blocks();
-  std::vector<TileKind> kinds(blocks);
-  std::vector<uint64_t> any(blocks), all(blocks);
+  std::vector<TileKind> kinds(t.k_blocks());
+  std::vector<uint8_t> any(t.Sk), all(t.Sk);  // of the row's queries, for every key
   for (int64_t r = rows.begin; r < rows.end; ++r) {
     const int64_t iq = r % t.q_blocks(), queries = t.q_end(iq) - iq * t.M;
     const bool* mask = args.mask + (r / t.q_blocks() * t.Sq + iq * t.M) * t.Sk;
-    std::fill(any.begin(), any.end(), 0);
-    std::fill(all.begin(), all.end(), 1);
-    for (int64_t i = 0; i < queries; ++i)
-      for (int64_t j = 0; j < blocks; ++j) fold_bools(mask + i * t.Sk + j * t.N, t.k_end(j) - j * t.N, any[j], all[j]);
-    for (int64_t j = 0; j < blocks; ++j) kinds[j] = all[j] ? kTileFull : any[j] ? kTilePartial : kTileNone;
+    std::fill(any.begin(), any.end(), uint8_t(0));
+    std::fill(all.begin(), all.end(), uint8_t(1));
+    for (int64_t i = 0; i < queries; ++i) fold_row(mask + i * t.Sk, t.Sk, any.data(), all.data());
+    for (int64_t j = 0; j < t.k_blocks(); ++j) {
+      const auto begin = j * t.N, end = t.k_end(j);
+      const bool full = std::find(all.begin() + begin, all.begin() + end, 0) == all.begin() + end;
+      const bool none = std::find(any.begin() + begin, any.begin() + end, 1) == any.begin() + end;
+      kinds[j] = full ? kTileFull : none ? kTileNone : kTilePartial;
+    }
     emit_row(out, r, kinds);
     emit_bits(t, out, bits, r, [&](uint32_t* tile, int64_t j) {
       const int64_t keys = t.k_end(j) - j * t.N;

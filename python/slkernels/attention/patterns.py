@@ -117,6 +117,8 @@ def strided(
     if stride < 1:
         raise ValueError(f"stride must be at least 1, got {stride}")
     sk = sq if sk is None else sk
+    if not sq or not sk:
+        return causal(sq, sk, block_m=block_m, block_n=block_n, device=device)
     q_blocks, k_blocks = -(-sq // block_m), -(-sk // block_n)
     # Tiles at distance first + n step from the diagonal (of their first query and key), n < count, and where each is.
     step, first = gcd(block_m, block_n), sk - sq - (k_blocks - 1) * block_n
