@@ -9,6 +9,7 @@
 //   sort     a block a row: marks the row's columns in a bitmap in shared memory and reads it back in order, which
 //   makes
 //            the result independent of the order in which scatter's atomics ran
+#include "slkernels/block_scan.cuh"
 #include "slkernels/launch.cuh"
 #include "slkernels/sparse.h"
 
@@ -24,28 +25,6 @@ constexpr int kBlock = 8;
 __global__ void count_kernel(SupportSampler sampler, int32_t* crow) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < sampler.count) atomicAdd(&crow[sampler(i).row + 1], 1);
-}
-
-// Inclusive prefix sum over the block's threads; `sums` has room for a word a warp.
-__device__ int block_inclusive_scan(int value, int* sums) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  for (int step = 1; step < 32; step *= 2) {
-    const int below = __shfl_up_sync(0xffffffffu, value, step);
-    if (lane >= step) value += below;
-  }
-  if (lane == 31) sums[warp] = value;
-  __syncthreads();
-  if (warp == 0) {
-    int total = lane < warps ? sums[lane] : 0;
-    for (int step = 1; step < 32; step *= 2) {
-      const int below = __shfl_up_sync(0xffffffffu, total, step);
-      if (lane >= step) total += below;
-    }
-    if (lane < warps) sums[lane] = total;
-  }
-  __syncthreads();
-  if (warp > 0) value += sums[warp - 1];
-  return value;
 }
 
 // crow[1..n] holds counts on entry and their inclusive prefix sums on exit.

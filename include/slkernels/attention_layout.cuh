@@ -78,6 +78,12 @@ struct IntervalRow {
   }
 };
 
+// Token trees: queries are nodes, the keys of nodes begin at `prefix`.
+SLK_LAYOUT_HD inline TileKind tree_tile(const Tiling& t, int64_t prefix, int64_t jk) {
+  if (t.k_end(jk) <= prefix) return kTileFull;
+  return jk * t.N < prefix + t.Sq ? kTilePartial : kTileNone;
+}
+
 // MInference's vertical-slash index (arXiv 2407.02490, appendix C): the tiles and single columns of q block `iq` of a
 // causal prompt, for tiles of `block` x `block`. `vertical` ascends, `slash` (distances i - j) descends.
 //
@@ -85,6 +91,9 @@ struct IntervalRow {
 // 0 where it starts before it. Bands that overlap or lie less than a block apart join: a range grows by whole blocks.
 // Slash 0 is always kept. A column is listed where no range holds it and a later range begins behind it.
 // Calls tile(start) for every tile of `block` keys and column(j), both ascending; at most slashes + 1 tiles.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable  // the callbacks are the host's or the device's, as the caller is
+#endif
 template <class OnTile, class OnColumn>
 SLK_LAYOUT_HD void vertical_slash_row(int64_t iq, int64_t block, const int32_t* vertical, int64_t verticals,
                                       const int32_t* slash, int64_t slashes, OnTile&& tile, OnColumn&& column) {

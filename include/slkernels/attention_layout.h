@@ -22,8 +22,8 @@ struct RowLists {
   int64_t rows, width;
 };
 
-// Bitmaps of partial tiles: bit j % 32 of word [tile, i, j / 32] is keep(i, j). Row r's n-th partial entry has bitmap
-// r * per_row + n.
+// Bitmaps of partial tiles: bit j % 32 of word [tile, i, j / 32] is keep(i, j). Tile jk of row r has bitmap
+// r * per_row + jk - first, where first is 0 (dense mask) or the tile of the prefix's end (tree).
 struct TileBits {
   int32_t* id;     // [rows, width]; -1: no bitmap
   uint32_t* bits;  // [rows * per_row, M, N / 32]
@@ -92,4 +92,25 @@ void layout_transpose(const BlockRows&, const TransposedLists&, int64_t k_blocks
 std::string layout_fault(const BlockRows&, int64_t Sk);
 
 }  // namespace cpu
+
+#if defined(SLKERNELS_WITH_CUDA) || defined(__CUDACC__)
+namespace cuda {
+
+// The same lists, bit for bit where anything is ever read. What is corrupt (indices out of range, parents that are not
+// earlier nodes) is skipped: nothing outside is read or written, and nobody waits to be told.
+cudaError_t launch_layout_block_mask(const BlockMaskArgs&, const RowLists&, cudaStream_t);
+cudaError_t launch_layout_topk(const TopkArgs&, const RowLists&, cudaStream_t);
+cudaError_t launch_layout_interval(const IntervalArgs&, const RowLists&, cudaStream_t);
+cudaError_t launch_layout_cu_seqlens(const CuSeqlensArgs&, cudaStream_t);
+cudaError_t launch_layout_vertical_slash(const VerticalSlashArgs&, const RowLists&, cudaStream_t);
+// `kinds`: scratch, [rows * k_blocks].
+cudaError_t launch_layout_dense_mask(const DenseMaskArgs&, const RowLists&, const TileBits&, uint8_t* kinds,
+                                     cudaStream_t);
+cudaError_t launch_layout_tree(const TreeArgs&, const RowLists&, const TileBits&, cudaStream_t);
+// `slots`: scratch, int32 [rows * k_blocks].
+cudaError_t launch_layout_transpose(const BlockRows&, const TransposedLists&, int64_t k_blocks, int32_t* slots,
+                                    cudaStream_t);
+
+}  // namespace cuda
+#endif
 }  // namespace slk

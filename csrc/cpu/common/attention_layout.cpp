@@ -55,18 +55,19 @@ void fold_row(const bool* __restrict row, int64_t count, uint8_t* __restrict any
   }
 }
 
-// Gives each of the row's partial entries a bitmap, filled by write(words, jk).
+// Gives each of the row's partial entries its tile's bitmap, filled by write(words, jk). `first`: see TileBits.
 template <class Write>
-void emit_bits(const Tiling& t, const RowLists& out, const TileBits& bits, int64_t r, const Write& write) {
+void emit_bits(const Tiling& t, const RowLists& out, const TileBits& bits, int64_t r, int64_t first,
+               const Write& write) {
   const int64_t slot = r * out.width, words = t.M * (t.N / 32);
   for (int64_t n = 0; n < out.cnt[r]; ++n) {
     const bool partial = n < out.nmask[r];
-    const int64_t id = r * bits.per_row + n;
+    const int64_t jk = out.idx[slot + n], id = r * bits.per_row + jk - first;
     bits.id[slot + n] = partial ? int32_t(id) : -1;
     if (!partial) continue;
     uint32_t* tile = bits.bits + id * words;
     std::memset(tile, 0, words * sizeof *tile);
-    write(tile, int64_t(out.idx[slot + n]));
+    write(tile, jk);
   }
 }
 
@@ -161,7 +162,7 @@ void layout_dense_mask(const DenseMaskArgs& args, const RowLists& out, const Til
       kinds[j] = full ? kTileFull : none ? kTileNone : kTilePartial;
     }
     emit_row(out, r, kinds);
-    emit_bits(t, out, bits, r, [&](uint32_t* tile, int64_t j) {
+    emit_bits(t, out, bits, r, 0, [&](uint32_t* tile, int64_t j) {
       const int64_t keys = t.k_end(j) - j * t.N;
       for (int64_t i = 0; i < queries; ++i)
         for (int64_t w = 0; w * 32 < keys; ++w)
@@ -177,10 +178,9 @@ void layout_tree(const TreeArgs& args, const RowLists& out, const TileBits& bits
   for (int64_t r = rows.begin; r < rows.end; ++r) {
     const int64_t iq = r % t.q_blocks(), group = r / t.q_blocks(), prefix = args.prefix[group];
     const int32_t* parent = args.parent + group * t.Sq;
-    for (int64_t j = 0; j < t.k_blocks(); ++j)
-      kinds[j] = t.k_end(j) <= prefix ? kTileFull : j * t.N < prefix + t.Sq ? kTilePartial : kTileNone;
+    for (int64_t j = 0; j < t.k_blocks(); ++j) kinds[j] = tree_tile(t, prefix, j);
     emit_row(out, r, kinds);
-    emit_bits(t, out, bits, r, [&](uint32_t* tile, int64_t j) {
+    emit_bits(t, out, bits, r, prefix / t.N, [&](uint32_t* tile, int64_t j) {
       for (int64_t i = iq * t.M; i < t.q_end(iq); ++i) {
         uint32_t* words = tile + (i - iq * t.M) * (t.N / 32);
         const auto keep = [&](int64_t key) {
