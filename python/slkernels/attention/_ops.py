@@ -114,3 +114,82 @@ define(
     "-> (Tensor, Tensor, Tensor)",
     fake=_attention_backward_fake,
 )
+
+# ---- merge_attention_states -----------------------------------------------------------------------------------------
+
+
+def _merge_fake(o1, lse1, o2, lse2):
+    check(o1.dim() == 4, "merge_attention_states", lambda: f"o1 must be [B, H, S, D], got {list(o1.shape)}")
+    return _empty_in_order_of(o1, o1.shape[3]), lse1.new_empty(lse1.shape)
+
+
+def _merge_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _merge_backward(ctx, do, dlse):
+    if do is None and dlse is None:
+        return None, None, None, None
+    o1, lse1, o2, lse2 = ctx.saved_tensors
+    do = torch.zeros_like(o1) if do is None else do
+    return _ops.merge_attention_states_backward(do, dlse, o1, lse1, o2, lse2)
+
+
+def _merge_backward_fake(do, dlse, o1, lse1, o2, lse2):
+    return (
+        _empty_in_order_of(o1, o1.shape[3]),
+        lse1.new_empty(lse1.shape),
+        _empty_in_order_of(o2, o2.shape[3]),
+        lse2.new_empty(lse2.shape),
+    )
+
+
+define(
+    "merge_attention_states(Tensor o1, Tensor lse1, Tensor o2, Tensor lse2) -> (Tensor, Tensor)",
+    fake=_merge_fake,
+    setup_context=_merge_setup,
+    backward=_merge_backward,
+)
+define(
+    "merge_attention_states_backward(Tensor do, Tensor? dlse, Tensor o1, Tensor lse1, Tensor o2, Tensor lse2) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_merge_backward_fake,
+)
+
+# ---- column statistics ----------------------------------------------------------------------------------------------
+
+
+def _statistics(q, k, block_m, block_n):
+    batch, heads, queries, _ = q.shape
+    keys = k.shape[2]
+    blocks = ((queries + block_m - 1) // block_m, (keys + block_n - 1) // block_n)
+    shapes = ((keys,), (keys,), (keys,), blocks)
+    return tuple(q.new_empty((batch, heads, *shape), dtype=torch.float32) for shape in shapes)
+
+
+def _colstats_fake(
+    q, k, row_begin=0, row_end=None, causal=True, block_m=64, block_n=64, lse=None, scale=None, softcap=0.0
+):
+    _check_qkv("attention_colstats", q, k, k)
+    return _statistics(q, k, block_m, block_n)
+
+
+def _block_sparse_colstats_fake(q, k, row_ptr, row_cnt, row_nmask, idx, block_m, block_n, *_rest, **_options):
+    _check_qkv("block_sparse_colstats", q, k, k)
+    return _statistics(q, k, block_m, block_n)
+
+
+_ROWS = "SymInt row_begin=0, SymInt? row_end=None"
+_NUMBERS = "Tensor? lse=None, float? scale=None, float softcap=0.0"
+_FOUR = "(Tensor, Tensor, Tensor, Tensor)"
+
+define(
+    f"attention_colstats(Tensor q, Tensor k, {_ROWS}, bool causal=True, int block_m=64, int block_n=64, {_NUMBERS}) "
+    f"-> {_FOUR}",
+    fake=_colstats_fake,
+)
+define(
+    f"block_sparse_colstats(Tensor q, Tensor k, {_LAYOUT}, {_ROWS}, {_NUMBERS}) -> {_FOUR}",
+    fake=_block_sparse_colstats_fake,
+)
