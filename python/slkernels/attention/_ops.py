@@ -92,8 +92,9 @@ def _attention_backward(ctx, do, dlse):
     return tuple(grads + none[3:])
 
 
-def _attention_backward_fake(do, dlse, q, k, v, *rest):
-    need_q, need_kv = rest[-2:]
+def _attention_backward_fake(do, dlse, q, k, v, o, lse, *rest):
+    asked = rest[len(_LAYOUT_NAMES) + 2 :]  # the dispatcher drops trailing arguments that equal their defaults
+    need_q, need_kv = (*asked, True, True)[:2]
     return (
         _empty_in_order_of(q, q.shape[3]) if need_q else q.new_empty((0,)),
         _empty_in_order_of(k, k.shape[3]) if need_kv else k.new_empty((0,)),
