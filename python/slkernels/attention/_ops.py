@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 from torch import Tensor
 
 from .._library import check, define, needs_grad
+
+if TYPE_CHECKING:
+    from .layout import BlockRows
 
 _ops = torch.ops.slkernels
 
@@ -194,3 +199,127 @@ define(
     f"block_sparse_colstats(Tensor q, Tensor k, {_LAYOUT}, {_ROWS}, {_NUMBERS}) -> {_FOUR}",
     fake=_block_sparse_colstats_fake,
 )
+
+# ---- wrappers -------------------------------------------------------------------------------------------------------
+
+
+class ColumnStatistics(NamedTuple):
+    """Statistics of the softmax p [B, Hq, Sq, Sk] over a range of queries, float32.
+
+    col_sum: [B, Hq, Sk], sum over queries. col_max: [B, Hq, Sk], maximum over queries, 0 for keys that none keeps.
+    diag_sum: [B, Hq, Sk], sum over the pairs at distance d = i + Sk - Sq - j (the last query stands at the last key),
+    for d in [0, Sk). block_sum: [B, Hq, ceil(Sq / block_m), ceil(Sk / block_n)], sum over a block.
+    """
+
+    col_sum: Tensor
+    col_max: Tensor
+    diag_sum: Tensor
+    block_sum: Tensor
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_ptr: Tensor,
+    row_cnt: Tensor,
+    row_nmask: Tensor,
+    idx: Tensor,
+    block_m: int,
+    block_n: int,
+    unit: int,
+    lo: Tensor | None = None,
+    hi: Tensor | None = None,
+    sink: int = 0,
+    bits: Tensor | None = None,
+    bit_id: Tensor | None = None,
+    col_ptr: Tensor | None = None,
+    col_idx: Tensor | None = None,
+    t_ptr: Tensor | None = None,
+    t_cnt: Tensor | None = None,
+    t_nmask: Tensor | None = None,
+    t_idx: Tensor | None = None,
+    t_bit_id: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """o = softmax(scale q k^T) v over the tiles of a layout, and the softmax's logarithmic sums; the op behind
+    :func:`attend`. FlashAttention's online softmax (arXiv 2205.14135) over a list of tiles.
+
+    Args:
+        q: [B, Hq, Sq, Dk], float32, bfloat16, float16 or (CPU) float64; k: [B, Hkv, Sk, Dk]; v: [B, Hkv, Sk, Dv]. Hq is
+            a multiple of Hkv. Views of [B, S, H, D] are taken as they are; features are copied if not contiguous.
+        row_ptr ... col_idx: the layout; :class:`BlockRows` describes them.
+        t_ptr ... t_bit_id: its transpose (:class:`BlockCols`) for the backward, built when needed if left out.
+        scale: default 1 / sqrt(Dk). softcap: c > 0 replaces the scaled logits s by c tanh(s / c).
+
+    Returns:
+        o [B, Hq, Sq, Dv], q's dtype, in memory in the order of q's dimensions; lse [B, Hq, Sq], float32 (float64 for
+        float64). Both are differentiable. A query that keeps no key has o = 0, lse = -inf and zero gradients.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit; on a CPU, the position of the first entry that lies outside (on
+            CUDA such entries are skipped); gradients of a layout with unit 1 or single columns.
+    """
+    layout = (row_ptr, row_cnt, row_nmask, idx, block_m, block_n, unit, lo, hi, sink, bits, bit_id, col_ptr, col_idx)
+    transposed = (t_ptr, t_cnt, t_nmask, t_idx, t_bit_id)
+    return _ops.block_sparse_attention(q, k, v, *layout, *transposed, scale, softcap)
+
+
+def merge_attention_states(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint sets of keys, from the attention over each (FlashAttention, arXiv
+    2205.14135, section 3.1; as in split-KV decoding, LM-Infinite, ring attention).
+
+    Args:
+        o1, o2: [B, H, S, D], float32, bfloat16, float16 or (CPU) float64. lse1, lse2: [B, H, S], float32 (float64).
+
+    Returns:
+        o in o1's dtype and lse. Differentiable in all four arguments. -inf stands for a set without keys; where both
+        are empty o = 0, lse = -inf and the gradients are zero.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit.
+    """
+    return _ops.merge_attention_states(o1, lse1, o2, lse2)
+
+
+def attention_colstats(
+    q: Tensor,
+    k: Tensor,
+    layout: BlockRows | None = None,
+    *,
+    row_begin: int = 0,
+    row_end: int | None = None,
+    causal: bool = True,
+    block_m: int = 64,
+    block_n: int = 64,
+    lse: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+) -> ColumnStatistics:
+    """Column sums, column maxima, diagonal sums and block sums of the softmax, without storing it.
+
+    MInference's vertical-slash estimator (arXiv 2407.02490, section 3) is ``attention_colstats(q[:, :, -64:], k)``: its
+    vertical lines are ``col_sum.topk``, its slashes ``diag_sum.topk``. MustDrop's filter (arXiv 2411.10803) takes the
+    mean over heads of col_sum and col_max over the text's queries.
+
+    Args:
+        q: [B, Hq, Sq, Dk], float32, bfloat16 or float16; k: [B, Hkv, Sk, Dk]. The last query stands at the last key.
+        layout: what is kept; without one everything, or with ``causal`` the keys up to the query's position.
+        row_begin, row_end: the queries that are counted, default all.
+        causal, block_m, block_n: without a layout; blocks of 64 or 128 for block_sum.
+        lse: [B, Hq, Sq], float32, of the same attention if it is known: saves half of the work.
+        scale, softcap: as in :func:`block_sparse_attention`.
+
+    Returns:
+        :class:`ColumnStatistics`. Not differentiable.
+
+    Raises:
+        RuntimeError: shapes, dtypes or a range that do not fit.
+    """
+    if layout is None:
+        found = _ops.attention_colstats(q, k, row_begin, row_end, causal, block_m, block_n, lse, scale, softcap)
+    else:
+        arguments = layout.arguments()
+        found = _ops.block_sparse_colstats(q, k, *arguments, row_begin, row_end, lse, scale, softcap)
+    return ColumnStatistics(*found)
