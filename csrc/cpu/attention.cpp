@@ -106,16 +106,17 @@ void forward(const AttentionForward& a, AttentionItem item, float* scratch) {
 }
 
 // The most that forward, backward_q or backward_kv take: four packed panels of a block, two tiles of products, two
-// converted tiles, and a few numbers a query.
+// converted tiles, and a few numbers a query. colstats: a number a key.
 int64_t scratch_floats(const AttentionShape& shape, const BlockRows& mask) {
   const int64_t lanes = round_up(mask.block_m > mask.block_n ? mask.block_m : mask.block_n, kPanel);
-  return (2 * lanes + kTileKeys) * (shape.dk + shape.dv) + 2 * kTileKeys * kPanel + 4 * lanes + 16 * 16;
+  return (2 * lanes + kTileKeys) * (shape.dk + shape.dv) + 2 * kTileKeys * kPanel + 4 * lanes + shape.sk + 16 * 16;
 }
 
 }  // namespace
 
 extern const AttentionKernels attention_table;
-const AttentionKernels attention_table = {scratch_floats, forward, attention_delta, attention_backward_q,
-                                          attention_backward_kv};
+const AttentionKernels attention_table = {
+    scratch_floats,        forward,         attention_delta,          attention_backward_q,
+    attention_backward_kv, attention_merge, attention_merge_backward, attention_colstats};
 
 }  // namespace slk::cpu::SLK_ISA

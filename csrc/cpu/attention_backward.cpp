@@ -6,11 +6,6 @@
 namespace slk::cpu::SLK_ISA {
 namespace {
 
-// lse in units of log 2. An empty row keeps nothing: any finite number gives p = exp2(-inf) = 0.
-SLK_INLINE float log2_sum(float lse) {
-  return lse == -__builtin_inff() ? 0.f : lse * kLog2e;
-}
-
 // s: logits before the cap -> ds / scale; dp: do v^T -> p when `keep_p`, else scratch. `lse` and `delta` hold one
 // number a lane (lanes are queries) or one a row (lanes are keys). `mask` is called between, to zero the p that are
 // dropped.
@@ -269,9 +264,7 @@ void delta_block(const AttentionBackward& b, AttentionItem item) {
     const T* o = head<T>(a.o, a.o_strides, item.batch, item.head, i);
     const T* d_o = head<T>(b.d_o, b.d_o_strides, item.batch, item.head, i);
     V total = zero();
-    int64_t d = 0;
-    for (; d + kLanes <= dv; d += kLanes) total += load(o + d) * load(d_o + d);
-    if (d < dv) total += load_n(o + d, int(dv - d)) * load_n(d_o + d, int(dv - d));
+    in_vectors(dv, [&](int64_t d, int count) { total += load_up_to(o + d, count) * load_up_to(d_o + d, count); });
     delta[i] = sum(total) - (dlse ? dlse[numbers + i] : 0.f);
   }
 }

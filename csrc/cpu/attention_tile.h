@@ -102,6 +102,22 @@ void product_sum(Rows a, int64_t rows, const float* x, int64_t features, float* 
 
 // ---- packing ------------------------------------------------------------------------------------------------------
 
+template <class T>
+SLK_INLINE V load_up_to(const T* p, int count) {
+  return count == kLanes ? load(p) : load_n(p, count);
+}
+template <class T>
+SLK_INLINE void store_up_to(T* p, V v, int count) {
+  count == kLanes ? store(p, v) : store_n(p, v, count);
+}
+// Calls use(d, count) for runs of kLanes features, and for the rest.
+template <class Use>
+SLK_INLINE void in_vectors(int64_t features, const Use& use) {
+  int64_t d = 0;
+  for (; d + kLanes <= features; d += kLanes) use(d, kLanes);
+  if (d < features) use(d, int(features - d));
+}
+
 // x[d][lane] = src[lane][d] for `rows` <= kPanel rows; the other lanes are zero.
 template <class T>
 void pack_panel(const T* src, int64_t stride, int64_t rows, int64_t depth, float* x) {
@@ -111,9 +127,7 @@ void pack_panel(const T* src, int64_t stride, int64_t rows, int64_t depth, float
       V r[kLanes];
       for (int i = 0; i < kLanes; ++i) {
         const int64_t row = v * kLanes + i;
-        r[i] = row >= rows       ? zero()
-               : width == kLanes ? load(src + row * stride + d)
-                                 : load_n(src + row * stride + d, width);
+        r[i] = row >= rows ? zero() : load_up_to(src + row * stride + d, width);
       }
       transpose(r);
       for (int i = 0; i < width; ++i) store(x + (d + i) * kPanel + v * kLanes, r[i]);
@@ -130,18 +144,14 @@ void unpack_panel(const float* x, const float* factor, int64_t rows, int64_t dep
       const V f = load(factor + v * kLanes);
       for (int i = 0; i < kLanes; ++i) r[i] = i < width ? load(x + (d + i) * kPanel + v * kLanes) * f : zero();
       transpose(r);
-      for (int i = 0; i < kLanes && v * kLanes + i < rows; ++i) {
-        T* out = dst + (v * kLanes + i) * stride + d;
-        width == kLanes ? store(out, r[i]) : store_n(out, r[i], width);
-      }
+      for (int i = 0; i < kLanes && v * kLanes + i < rows; ++i)
+        store_up_to(dst + (v * kLanes + i) * stride + d, r[i], width);
     }
 }
 
 template <class T>
 void copy_row(const T* src, int64_t width, float* dst) {
-  int64_t d = 0;
-  for (; d + kLanes <= width; d += kLanes) store(dst + d, load(src + d));
-  if (d < width) store_n(dst + d, load_n(src + d, int(width - d)), int(width - d));
+  in_vectors(width, [&](int64_t d, int count) { store_up_to(dst + d, load_up_to(src + d, count), count); });
 }
 
 // Rows [0, rows) as fp32: where they lie, or copied to `copy` [rows][width] if they have to be converted, or lie so far
@@ -184,6 +194,11 @@ struct Logits {
       : factor(float(s.softcap != 0 ? s.scale / s.softcap : s.scale / kLn2)), cap(float(s.softcap / kLn2)) {}
 };
 
+// lse in units of log 2. An empty row keeps nothing: any finite number gives p = exp2(-inf) = 0.
+SLK_INLINE float log2_sum(float lse) {
+  return lse == -__builtin_inff() ? 0.f : lse * kLog2e;
+}
+
 // The interval predicate of one mask head: keep(i, j) = j < hi[i] and (j >= lo[i] or j < sink).
 struct Interval {
   const int32_t *lo, *hi;  // [Sq] or null
@@ -204,8 +219,9 @@ struct Tile {
   Range keys;
   bool partial;
   Interval interval;
-  const uint32_t* bits;  // the entry's bit tile [block_m][words], or null
-  int64_t words, first;  // first: the key of the bit tile's column 0
+  const uint32_t* bits;     // the entry's bit tile [block_m][words], or null
+  int64_t words, first;     // first: the key of the bit tile's column 0
+  const int32_t* gathered;  // the keys, where they are gathered columns: then keys.begin is 0; else null
 };
 
 // kPanel queries or fewer of a block: i0 is the block's first query, `offset` the panel's place in it.
@@ -264,7 +280,8 @@ void for_each_tile(const AttentionForward& a, AttentionItem item, Scratch scratc
   const int64_t row = mask.list_of(item.batch, item.head, shape.heads_q, item.block, mask.rows.blocks);
   const T *k = head<T>(a.k, a.k_strides, item.batch, kv), *v = head<T>(a.v, a.v_strides, item.batch, kv);
   float *k_copy = scratch.take(kTileKeys * shape.dk), *v_copy = scratch.take(kTileKeys * shape.dv);
-  Tile tile = {{}, {}, {}, false, Interval(mask, item.batch, item.head, shape.heads_q), nullptr, mask.block_n / 32, 0};
+  Tile tile = {{}, {},     {}, false, Interval(mask, item.batch, item.head, shape.heads_q), nullptr, mask.block_n / 32,
+               0,  nullptr};
   const int64_t first = mask.rows.ptr[row];
   for (int64_t n = 0; n < mask.rows.cnt[row]; ++n) {
     tile.partial = n < mask.rows.nmask[row];
@@ -288,6 +305,7 @@ void for_each_tile(const AttentionForward& a, AttentionItem item, Scratch scratc
       copy_row(k + j * a.k_strides.token, shape.dk, k_copy + n * shape.dk);
       copy_row(v + j * a.v_strides.token, shape.dv, v_copy + n * shape.dv);
     }
+    tile.gathered = mask.col_idx + c;
     tile.k = {k_copy, shape.dk};
     tile.v = {v_copy, shape.dv};
     use(tile);
@@ -299,5 +317,8 @@ void for_each_tile(const AttentionForward& a, AttentionItem item, Scratch scratc
 void attention_delta(const AttentionBackward&, AttentionItem);
 void attention_backward_q(const AttentionBackward&, AttentionItem, float* scratch);
 void attention_backward_kv(const AttentionBackward&, AttentionItem, float* scratch);
+void attention_merge(const MergeStates&, int64_t batch, int64_t head, Range tokens);
+void attention_merge_backward(const MergeStatesBackward&, int64_t batch, int64_t head, Range tokens);
+void attention_colstats(const AttentionColStats&, AttentionItem part, float* scratch);
 
 }  // namespace slk::cpu::SLK_ISA

@@ -1,59 +1,8 @@
-// Block-sparse attention at the torch boundary, on the CPU.
-#include "torch/attention.h"
-
-#include <algorithm>
-#include <atomic>
+// Block-sparse attention, forward and backward, at the torch boundary on the CPU.
+#include "torch/attention_cpu.h"
 
 namespace slk {
 namespace {
-
-// ---- layouts that lie inside --------------------------------------------------------------------------------------
-
-// Raises at the first entry of `list` that is outside: idx * unit in [0, end), bit_id below bit_tiles. O(entries).
-void check_list(const char* op, const char* prefix, const BlockList& list, int64_t lists, int64_t unit, int64_t end,
-                int64_t bit_tiles) {
-  for (int64_t r = 0; r < lists; ++r) {
-    const int64_t ptr = list.ptr[r], cnt = list.cnt[r], nmask = list.nmask[r];
-    if (cnt < 0 || ptr < 0 || cnt > list.capacity - ptr)
-      check(false, op, prefix, "_ptr[", r, "] = ", ptr, " and ", prefix, "_cnt[", r, "] = ", cnt,
-            " must stay within the ", list.capacity, " entries");
-    if (nmask < 0 || nmask > cnt) check(false, op, prefix, "_nmask[", r, "] must be in [0, ", cnt, "], got ", nmask);
-    for (int64_t t = ptr; t < ptr + cnt; ++t) {
-      if (list.idx[t] < 0 || list.idx[t] * unit >= end)
-        check(false, op, *prefix == 't' ? "t_idx[" : "idx[", t, "] of list ", r, " must be in [0, ",
-              ceil_div(end, unit), "), got ", list.idx[t]);
-      if (list.bit_id && list.bit_id[t] >= bit_tiles)
-        check(false, op, *prefix == 't' ? "t_bit_id[" : "bit_id[", t, "] of list ", r, " must be below ", bit_tiles,
-              ", got ", list.bit_id[t]);
-    }
-  }
-}
-
-void check_rows(const char* op, const AttentionShape& shape, const BlockRows& mask) {
-  const int64_t lists = mask.batches * mask.heads * mask.rows.blocks;
-  check_list(op, "row", mask.rows, lists, mask.unit, shape.sk, mask.bit_tiles);
-  if (!mask.col_ptr) return;
-  check(mask.col_ptr[0] >= 0, op, "col_ptr[0] must not be negative, got ", mask.col_ptr[0]);
-  for (int64_t r = 0; r < lists; ++r)
-    if (mask.col_ptr[r + 1] < mask.col_ptr[r] || mask.col_ptr[r + 1] > mask.columns)
-      check(false, op, "col_ptr[", r + 1, "] must be in [", mask.col_ptr[r], ", ", mask.columns, "], got ",
-            mask.col_ptr[r + 1]);
-  for (int64_t c = mask.col_ptr[0]; c < mask.col_ptr[lists]; ++c)
-    if (mask.col_idx[c] < 0 || mask.col_idx[c] >= shape.sk)
-      check(false, op, "col_idx[", c, "] must be in [0, ", shape.sk, "), got ", mask.col_idx[c]);
-}
-
-// ---- threads ------------------------------------------------------------------------------------------------------
-
-// Calls body(i, scratch) for i in [0, items): a thread that is done takes the next, since the work of items differs.
-template <class Body>
-void for_each_item(int64_t items, int64_t scratch_floats, const Body& body) {
-  std::atomic<int64_t> next{0};
-  parallel_for(std::min<int64_t>(items, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
-    float* scratch = thread_scratch(scratch_floats);
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) body(i, scratch);
-  });
-}
 
 // Unit i of `heads` heads of `blocks` blocks. Under a causal mask the last queries and the first keys see most: heavy
 // units come first, so that the last one to end is a light one.
@@ -62,10 +11,6 @@ cpu::AttentionItem query_item(int64_t i, int64_t heads, int64_t blocks) {
 }
 cpu::AttentionItem key_item(int64_t i, int64_t heads, int64_t blocks) {
   return {i / blocks / heads, i / blocks % heads, i % blocks};
-}
-
-const cpu::AttentionKernels& kernels_for(DType dtype) {
-  return dtype == DType::f64 ? cpu::attention_kernels_f64() : cpu::attention_kernels();
 }
 
 // ---- block_sparse_attention ---------------------------------------------------------------------------------------
@@ -77,7 +22,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   const AttentionInputs in = check_attention_inputs(op, q, k, v, scale, softcap);
   const AttentionShape& s = in.shape;
   const BlockRows mask = check_layout_tensors(op, in, layout);
-  check_rows(op, s, mask);
+  check_rows_inside(op, s, mask);
   const Tensor o = empty_in_order_of(q, s.dv), lse = empty_like_shape(q, {s.batch, s.heads_q, s.sq}, sum_type(s.dtype));
   const AttentionForward args = {s,
                                  mask,
@@ -90,7 +35,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                  o.mutable_data_ptr(),
                                  head_strides(o),
                                  lse.mutable_data_ptr()};
-  const cpu::AttentionKernels& kernels = kernels_for(s.dtype);
+  const cpu::AttentionKernels& kernels = attention_kernels_for(s.dtype);
   const int64_t blocks = mask.rows.blocks;
   for_each_item(s.batch * s.heads_q * blocks, kernels.scratch(s, mask),
                 [&](int64_t i, float* scratch) { kernels.forward(args, query_item(i, s.heads_q, blocks), scratch); });
@@ -109,8 +54,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_o, std::op
   const BlockRows mask = check_layout_tensors(op, in, layout);
   check_has_gradients(op, mask);
   const BlockList cols = need_kv ? check_transposed_lists(op, in, mask, layout) : BlockList{};
-  check_rows(op, s, mask);
-  if (need_kv) check_list(op, "t", cols, mask.batches * mask.heads * cols.blocks, mask.block_m, s.sq, mask.bit_tiles);
+  check_rows_inside(op, s, mask);
+  if (need_kv)
+    check_list_inside(op, "t", cols, mask.batches * mask.heads * cols.blocks, mask.block_m, s.sq, mask.bit_tiles);
   check_like_result(op, "do", d_o, in);
   check_like_result(op, "o", o, in);
   check_query_numbers(op, "lse", lse, in);
@@ -121,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_o, std::op
   const Tensor none = empty_like_shape(q, {0});
   const Tensor dq = need_q ? empty_in_order_of(q, s.dk) : none, dk = need_kv ? empty_in_order_of(k, s.dk) : none,
                dv = need_kv ? empty_in_order_of(v, s.dv) : none;
-  const cpu::AttentionKernels& kernels = kernels_for(s.dtype);
+  const cpu::AttentionKernels& kernels = attention_kernels_for(s.dtype);
   AttentionBackward args = {};
   args.forward = {s,
                   mask,

@@ -1,7 +1,7 @@
 // Checks of block-sparse attention's arguments.
 #include <cmath>
 
-#include "torch/attention.h"
+#include "torch/attention_cpu.h"
 
 namespace slk {
 namespace {
@@ -184,6 +184,41 @@ void check_query_numbers(const char* op, const char* name, const Tensor& t, cons
   check(t.scalar_type() == sum_type(s.dtype), op, name, " must be ", show(sum_type(s.dtype)), ", got ",
         show(t.scalar_type()));
   check_same_device(op, name, t, "q", in.q);
+}
+
+// ---- layouts that lie inside --------------------------------------------------------------------------------------
+
+void check_list_inside(const char* op, const char* prefix, const BlockList& list, int64_t lists, int64_t unit,
+                       int64_t end, int64_t bit_tiles) {
+  for (int64_t r = 0; r < lists; ++r) {
+    const int64_t ptr = list.ptr[r], cnt = list.cnt[r], nmask = list.nmask[r];
+    if (cnt < 0 || ptr < 0 || cnt > list.capacity - ptr)
+      check(false, op, prefix, "_ptr[", r, "] = ", ptr, " and ", prefix, "_cnt[", r, "] = ", cnt,
+            " must stay within the ", list.capacity, " entries");
+    if (nmask < 0 || nmask > cnt) check(false, op, prefix, "_nmask[", r, "] must be in [0, ", cnt, "], got ", nmask);
+    for (int64_t t = ptr; t < ptr + cnt; ++t) {
+      if (list.idx[t] < 0 || list.idx[t] * unit >= end)
+        check(false, op, *prefix == 't' ? "t_idx[" : "idx[", t, "] of list ", r, " must be in [0, ",
+              ceil_div(end, unit), "), got ", list.idx[t]);
+      if (list.bit_id && list.bit_id[t] >= bit_tiles)
+        check(false, op, *prefix == 't' ? "t_bit_id[" : "bit_id[", t, "] of list ", r, " must be below ", bit_tiles,
+              ", got ", list.bit_id[t]);
+    }
+  }
+}
+
+void check_rows_inside(const char* op, const AttentionShape& shape, const BlockRows& mask) {
+  const int64_t lists = mask.batches * mask.heads * mask.rows.blocks;
+  check_list_inside(op, "row", mask.rows, lists, mask.unit, shape.sk, mask.bit_tiles);
+  if (!mask.col_ptr) return;
+  check(mask.col_ptr[0] >= 0, op, "col_ptr[0] must not be negative, got ", mask.col_ptr[0]);
+  for (int64_t r = 0; r < lists; ++r)
+    if (mask.col_ptr[r + 1] < mask.col_ptr[r] || mask.col_ptr[r + 1] > mask.columns)
+      check(false, op, "col_ptr[", r + 1, "] must be in [", mask.col_ptr[r], ", ", mask.columns, "], got ",
+            mask.col_ptr[r + 1]);
+  for (int64_t c = mask.col_ptr[0]; c < mask.col_ptr[lists]; ++c)
+    if (mask.col_idx[c] < 0 || mask.col_idx[c] >= shape.sk)
+      check(false, op, "col_idx[", c, "] must be in [0, ", shape.sk, "), got ", mask.col_idx[c]);
 }
 
 }  // namespace slk

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "slkernels/attention.h"
+#include "slkernels/attention_merge.cuh"
 
 namespace slk::cpu {
 namespace {
@@ -47,8 +48,7 @@ std::vector<int64_t> keys_of(const AttentionForward& a, int64_t b, int64_t h, in
     const int64_t t = m.rows.ptr[r] + n, first = m.rows.idx[t] * m.unit;
     const int32_t bit_id = m.rows.bit_id ? m.rows.bit_id[t] : -1;
     for (int64_t j = first; j < std::min(first + m.block_n, a.shape.sk); ++j)
-      if (n >= m.rows.nmask[r] || kept(m, b, m.head_of(h, a.shape.heads_q), i, j, bit_id, j - first))
-        keys.push_back(j);
+      if (n >= m.rows.nmask[r] || kept(m, b, m.head_of(h, a.shape.heads_q), i, j, bit_id, j - first)) keys.push_back(j);
   }
   if (m.col_ptr) keys.insert(keys.end(), m.col_idx + m.col_ptr[r], m.col_idx + m.col_ptr[r + 1]);
   return keys;
@@ -143,8 +143,7 @@ void backward_kv(const AttentionBackward& g, AttentionItem item, float*) {
         const int64_t t = g.cols.ptr[c] + n, i0 = g.cols.idx[t] * m.block_m;
         const int32_t bit_id = g.cols.bit_id ? g.cols.bit_id[t] : -1;
         for (int64_t i = i0; i < std::min(i0 + m.block_m, a.shape.sq); ++i) {
-          if (n < g.cols.nmask[c] &&
-              !kept(m, item.batch, m.head_of(h, a.shape.heads_q), i, j, bit_id, j - j0))
+          if (n < g.cols.nmask[c] && !kept(m, item.batch, m.head_of(h, a.shape.heads_q), i, j, bit_id, j - j0))
             continue;
           const Pair pair(g, item.batch, h, item.head, i, j);
           add(a.shape.scale * pair.ds, row(a.q, a.q_strides, item.batch, h, i), a.shape.dk, dk);
@@ -155,10 +154,49 @@ void backward_kv(const AttentionBackward& g, AttentionItem item, float*) {
   }
 }
 
+// ---- merging ------------------------------------------------------------------------------------------------------
+
+const double* numbers(const void* base, const MergeStates& a, int64_t b, int64_t h) {
+  return static_cast<const double*>(base) + (b * a.heads + h) * a.tokens;
+}
+double* numbers(void* base, const MergeStates& a, int64_t b, int64_t h) {
+  return static_cast<double*>(base) + (b * a.heads + h) * a.tokens;
+}
+
+void merge(const MergeStates& a, int64_t b, int64_t h, Range tokens) {
+  for (int64_t i = tokens.begin; i < tokens.end; ++i) {
+    const MergeWeights w(numbers(a.lse1, a, b, h)[i], numbers(a.lse2, a, b, h)[i]);
+    numbers(a.lse, a, b, h)[i] = w.lse;
+    double* o = row(a.o, a.o_strides, b, h, i);
+    clear(o, a.features);
+    add(w.first, row(a.o1, a.o1_strides, b, h, i), a.features, o);
+    add(w.second, row(a.o2, a.o2_strides, b, h, i), a.features, o);
+  }
+}
+
+void merge_backward(const MergeStatesBackward& g, int64_t b, int64_t h, Range tokens) {
+  const MergeStates& a = g.forward;
+  for (int64_t i = tokens.begin; i < tokens.end; ++i) {
+    const MergeWeights w(numbers(a.lse1, a, b, h)[i], numbers(a.lse2, a, b, h)[i]);
+    const double* d_o = row(g.d_o, g.d_o_strides, b, h, i);
+    const double difference =
+        dot(d_o, row(a.o1, a.o1_strides, b, h, i), a.features) - dot(d_o, row(a.o2, a.o2_strides, b, h, i), a.features);
+    const double dlse = g.dlse ? numbers(g.dlse, a, b, h)[i] : 0;
+    numbers(g.dlse1, a, b, h)[i] = w.first * (dlse + w.second * difference);
+    numbers(g.dlse2, a, b, h)[i] = w.second * (dlse - w.first * difference);
+    double *do1 = row(g.do1, g.do1_strides, b, h, i), *do2 = row(g.do2, g.do2_strides, b, h, i);
+    clear(do1, a.features);
+    clear(do2, a.features);
+    add(w.first, d_o, a.features, do1);
+    add(w.second, d_o, a.features, do2);
+  }
+}
+
 }  // namespace
 
 const AttentionKernels& attention_kernels_f64() {
-  static const AttentionKernels table = {no_scratch, forward, delta, backward_q, backward_kv};
+  static const AttentionKernels table = {no_scratch,  forward, delta,          backward_q,
+                                         backward_kv, merge,   merge_backward, nullptr};
   return table;
 }
 

@@ -98,3 +98,30 @@ def merge_attention_states(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -
     total = total.masked_fill(empty, 1)
     o = (w1 / total)[..., None] * o1.to(lse.dtype) + (w2 / total)[..., None] * o2.to(lse.dtype)
     return o.to(o1.dtype), lse
+
+
+def colstats(
+    q: Tensor,
+    k: Tensor,
+    keep: Tensor,
+    block_m: int,
+    block_n: int,
+    row_begin: int = 0,
+    row_end: int | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(col_sum, col_max, diag_sum, block_sum) of the softmax p under a mask, over the queries of a range."""
+    queries, keys = q.shape[2], k.shape[2]
+    identity = torch.eye(keys, dtype=k.dtype, device=k.device).expand(*k.shape[:2], keys, keys)
+    p, _ = masked_attention(q, k, identity, keep, scale, softcap)
+    counted = torch.zeros_like(p)
+    counted[:, :, row_begin:row_end] = p[:, :, row_begin:row_end]
+    shift = keys - queries
+    distance = torch.arange(queries, device=q.device)[:, None] + shift - torch.arange(keys, device=q.device)
+    diagonal = [counted[:, :, distance == d].sum(-1) for d in range(keys)]
+    blocks = (-(-queries // block_m), -(-keys // block_n))
+    padded = counted.new_zeros(*p.shape[:2], blocks[0] * block_m, blocks[1] * block_n)
+    padded[:, :, :queries, :keys] = counted
+    block_sum = padded.unflatten(3, (blocks[1], block_n)).sum(-1).unflatten(2, (blocks[0], block_m)).sum(3)
+    return counted.sum(2), counted.amax(2), torch.stack(diagonal, -1), block_sum
