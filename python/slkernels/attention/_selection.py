@@ -32,7 +32,7 @@ def vertical_slash(
     block: int = 64,
     scale: float | None = None,
 ) -> BlockRows:
-    """MInference's vertical-slash heads (arXiv 2407.02490, section 3.3, algorithm 2): the softmax of the last
+    """MInference's vertical-slash heads (arXiv 2407.02490, section 3, algorithm 2): the softmax of the last
     ``last_q`` queries over all keys, summed down columns and along diagonals; the ``vertical_size`` largest columns and
     the ``slash_size`` largest diagonals of every head are kept.
 
@@ -71,7 +71,7 @@ def _block_means(x: Tensor, block: int) -> Tensor:
 
 @torch.no_grad()
 def block_sparse(q: Tensor, k: Tensor, topk: int = 100, *, block: int = 64) -> BlockRows:
-    """MInference's block-sparse heads (arXiv 2407.02490, section 3.3, algorithm 3): queries and keys are averaged over
+    """MInference's block-sparse heads (arXiv 2407.02490, section 3, algorithm 3): queries and keys are averaged over
     blocks; every block of queries keeps the ``topk`` kv blocks, among those at or before it, whose mean key has the
     largest product with its mean query. Tiles are causal. One mask a query head; trainable."""
     s = _need_square("block_sparse", q, k)
@@ -93,7 +93,7 @@ def hip(
     block_m: int = 64,
     block_n: int = 64,
 ) -> BlockRows:
-    """HiP's hierarchical choice of keys (arXiv 2406.09827, section 3.1): a tree search in place of all scores.
+    """HiP's hierarchical choice of keys (arXiv 2406.09827, section 3): a tree search in place of all scores.
 
     For every block of queries the kv blocks that it may see are cut into 2 topk equal ranges. A range's score is the
     largest product of its centre token's key with any query of the block; the ``topk`` best ranges are halved and

@@ -84,7 +84,7 @@ class Builders:
 
     @classmethod
     def from_vertical_slash(cls, vertical: Tensor, slash: Tensor, s: int, block: int = 64) -> BlockRows:
-        """MInference's vertical-slash index (arXiv 2407.02490, appendix C.4.2) of a causal prompt of s tokens.
+        """MInference's vertical-slash index (arXiv 2407.02490, appendix C) of a causal prompt of s tokens.
 
         Args:
             vertical: int [B', Hm, columns], kept keys, ascending. slash: int [B', Hm, diagonals], kept distances

@@ -74,7 +74,7 @@ def a_shape(
     device: Device = None,
 ) -> BlockRows:
     """The first ``sink`` keys and the last ``window``, causal: MInference's A-shape head (arXiv 2407.02490, section
-    3.2) and StreamingLLM's attention sinks (arXiv 2309.17453, section 3.2), positions left as they are."""
+    2) and StreamingLLM's attention sinks (arXiv 2309.17453, section 3.2), positions left as they are."""
     if window < 1 or sink < 0:
         raise ValueError(f"window must be at least 1 and sink at least 0, got {window} and {sink}")
     sk = sq if sk is None else sk
@@ -168,7 +168,7 @@ def local_global(
 def lambda_mask(
     s: int, n_global: int, n_local: int, *, block_m: int = 128, block_n: int = 128, device: Device = None
 ) -> tuple[BlockRows, BlockRows]:
-    """LM-Infinite's Lambda-shaped mask (arXiv 2308.16137, section 4.2) as two disjoint layouts, because its branches
+    """LM-Infinite's Lambda-shaped mask (arXiv 2308.16137) as two disjoint layouts, because its branches
     have different logits: (local) distances i - j < n_local; (far) the first ``n_global`` keys at larger distances."""
     hi = causal_bound(s, s, device)
     low = (hi - n_local).clamp(min=0)
@@ -184,7 +184,7 @@ def lambda_attention(
     Args:
         q, k, v: [B, H, S, D], rotated as usual, for distances below ``n_local``.
         q_far, k_far: for the first ``n_global`` keys behind that: k_far unrotated, q_far rotated at the distance limit
-            (arXiv 2308.16137, section 4.2), so that no distance beyond it occurs.
+            (arXiv 2308.16137), so that no distance beyond it occurs.
     """
     local, far = lambda_mask(q.shape[2], n_global, n_local, device=q.device)
     near_o, near_lse = attend(q, k, v, local, scale, return_lse=True)
@@ -213,7 +213,7 @@ def packed(
     block_n: int = 128,
     device: Device = None,
 ) -> Packing:
-    """Prepacking (arXiv 2404.09529, section 3.2): prompts of different lengths share rows of ``capacity`` tokens
+    """Prepacking (arXiv 2404.09529): prompts of different lengths share rows of ``capacity`` tokens
     (default the longest prompt), by first-fit decreasing; each sees only itself, causally, at positions from 0. The
     padding at the end of a row sees nothing."""
     capacity = max(lengths, default=0) if capacity is None else capacity
@@ -247,7 +247,7 @@ def token_tree(
     parent: Tensor, prefix: Tensor | int, sk: int | None = None, *, block_m: int = 64, block_n: int = 64
 ) -> BlockRows:
     """A tree of draft tokens behind a cached prefix, verified in one pass: each node sees the prefix, its ancestors and
-    itself (DySpec, arXiv 2410.11744, section 4; ADED, arXiv 2407.12021; the tree mask of SpecInfer, arXiv 2305.09781).
+    itself (DySpec, arXiv 2410.11744; ADED, arXiv 2407.12021; the tree mask of SpecInfer, arXiv 2305.09781).
 
     Args:
         parent: int [B', nodes], -1 for a root, parents before children. prefix: cached keys, int or [B'].
@@ -312,7 +312,7 @@ def chunked_cross(
 def latent(
     q_nope: Tensor, q_rope: Tensor, k_nope: Tensor, k_rope: Tensor, *, block_m: int = 128, block_n: int = 128
 ) -> tuple[Tensor, Tensor, BlockRows]:
-    """Prefill of multi-head latent attention (TransMLA, arXiv 2502.07864, section 3; DeepSeek-V2, arXiv 2405.04434,
+    """Prefill of multi-head latent attention (TransMLA, arXiv 2502.07864; DeepSeek-V2, arXiv 2405.04434,
     section 2.1.3): (q, k, causal layout) with Dk = 128 + 64 and values of Dv = 128, which ``attend`` takes as they are.
 
     Args:
