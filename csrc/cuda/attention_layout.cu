@@ -43,7 +43,7 @@ __device__ int64_t warp_row() {
   return int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
 }
 
-__global__ void block_mask_kernel(BlockMaskArgs args, RowLists out) {
+__global__ void layout_block_mask_kernel(BlockMaskArgs args, RowLists out) {
   const Tiling t = args.tiling;
   const int64_t r = warp_row(), k_blocks = t.k_blocks();
   if (r >= out.rows) return;
@@ -56,7 +56,7 @@ __global__ void block_mask_kernel(BlockMaskArgs args, RowLists out) {
 
 // A block of one warp a row: `words` bits in shared memory say which blocks are chosen, so that order and repetition
 // do not matter.
-__global__ void topk_kernel(TopkArgs args, RowLists out, int words) {
+__global__ void layout_topk_kernel(TopkArgs args, RowLists out, int words) {
   uint32_t* chosen = dynamic_shared<uint32_t>();  // [words]
   const Tiling t = args.tiling;
   const int64_t r = blockIdx.x, k_blocks = t.k_blocks(), iq = r % t.q_blocks();
@@ -73,7 +73,7 @@ __global__ void topk_kernel(TopkArgs args, RowLists out, int words) {
   });
 }
 
-__global__ void interval_kernel(IntervalArgs args, RowLists out) {
+__global__ void layout_interval_kernel(IntervalArgs args, RowLists out) {
   const Tiling t = args.tiling;
   const int64_t r = warp_row();
   if (r >= out.rows) return;
@@ -85,7 +85,7 @@ __global__ void interval_kernel(IntervalArgs args, RowLists out) {
 }
 
 // A thread a query: the last document that begins at or before it.
-__global__ void cu_seqlens_kernel(CuSeqlensArgs args) {
+__global__ void layout_cu_seqlens_kernel(CuSeqlensArgs args) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= args.Sq) return;
   int64_t low = 0, high = args.documents;  // cu_q[low] <= i < cu_q[high], once both are inside
@@ -112,7 +112,7 @@ __global__ void cu_seqlens_kernel(CuSeqlensArgs args) {
 // ---- bitmaps
 
 // A block a tile: a warp takes a query, its lanes 32 keys; the ballot is the bitmap's word.
-__global__ void dense_tile_kernel(DenseMaskArgs args, TileBits bits, uint8_t* kinds) {
+__global__ void layout_dense_tile_kernel(DenseMaskArgs args, TileBits bits, uint8_t* kinds) {
   __shared__ int any[kWarps], all[kWarps];
   const Tiling t = args.tiling;
   const int64_t k_blocks = t.k_blocks(), tile = blockIdx.x, r = tile / k_blocks, j = tile % k_blocks;
@@ -151,14 +151,14 @@ __device__ void emit_bit_ids(const RowLists& out, const TileBits& bits, int64_t 
     bits.id[slot + n] = n < out.nmask[r] ? int32_t(r * bits.per_row + out.idx[slot + n] - first) : -1;
 }
 
-__global__ void dense_rows_kernel(DenseMaskArgs args, RowLists out, TileBits bits, const uint8_t* kinds) {
+__global__ void layout_dense_rows_kernel(DenseMaskArgs args, RowLists out, TileBits bits, const uint8_t* kinds) {
   const int64_t r = warp_row(), k_blocks = args.tiling.k_blocks();
   if (r >= out.rows) return;
   emit_row(out, r, k_blocks, [&](int64_t j) { return TileKind(kinds[r * k_blocks + j]); });
   emit_bit_ids(out, bits, r, 0);
 }
 
-__global__ void tree_rows_kernel(TreeArgs args, RowLists out, TileBits bits) {
+__global__ void layout_tree_rows_kernel(TreeArgs args, RowLists out, TileBits bits) {
   const Tiling t = args.tiling;
   const int64_t r = warp_row();
   if (r >= out.rows) return;
@@ -168,7 +168,7 @@ __global__ void tree_rows_kernel(TreeArgs args, RowLists out, TileBits bits) {
 }
 
 // A thread a node: its row of the bitmaps of all tiles that hold nodes.
-__global__ void tree_bits_kernel(TreeArgs args, TileBits bits, int64_t rows) {
+__global__ void layout_tree_bits_kernel(TreeArgs args, TileBits bits, int64_t rows) {
   const Tiling t = args.tiling;
   const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x, r = at / t.M, i = at % t.M;
   if (r >= rows) return;
@@ -202,24 +202,24 @@ unsigned row_blocks(const RowLists& out) {
 
 cudaError_t launch_layout_block_mask(const BlockMaskArgs& args, const RowLists& out, cudaStream_t stream) {
   if (out.rows == 0) return cudaSuccess;
-  return launch(block_mask_kernel, row_blocks(out), kThreads, 0, stream, args, out);
+  return launch(layout_block_mask_kernel, row_blocks(out), kThreads, 0, stream, args, out);
 }
 
 cudaError_t launch_layout_topk(const TopkArgs& args, const RowLists& out, cudaStream_t stream) {
   if (out.rows == 0) return cudaSuccess;
   const int64_t words = ceil_div(args.tiling.k_blocks(), 32);
   if (words * 4 > 48 << 10) return cudaErrorInvalidValue;  // 25 million keys
-  return launch(topk_kernel, unsigned(out.rows), 32, size_t(words * 4), stream, args, out, int(words));
+  return launch(layout_topk_kernel, unsigned(out.rows), 32, size_t(words * 4), stream, args, out, int(words));
 }
 
 cudaError_t launch_layout_interval(const IntervalArgs& args, const RowLists& out, cudaStream_t stream) {
   if (out.rows == 0) return cudaSuccess;
-  return launch(interval_kernel, row_blocks(out), kThreads, 0, stream, args, out);
+  return launch(layout_interval_kernel, row_blocks(out), kThreads, 0, stream, args, out);
 }
 
 cudaError_t launch_layout_cu_seqlens(const CuSeqlensArgs& args, cudaStream_t stream) {
   if (args.Sq == 0) return cudaSuccess;
-  return launch(cu_seqlens_kernel, unsigned(ceil_div(args.Sq, kThreads)), kThreads, 0, stream, args);
+  return launch(layout_cu_seqlens_kernel, unsigned(ceil_div(args.Sq, kThreads)), kThreads, 0, stream, args);
 }
 
 cudaError_t launch_layout_dense_mask(const DenseMaskArgs& args, const RowLists& out, const TileBits& bits,
@@ -227,18 +227,18 @@ cudaError_t launch_layout_dense_mask(const DenseMaskArgs& args, const RowLists& 
   if (out.rows == 0) return cudaSuccess;
   const int64_t tiles = out.rows * args.tiling.k_blocks();
   if (tiles > 0) {
-    const cudaError_t error = launch(dense_tile_kernel, unsigned(tiles), kThreads, 0, stream, args, bits, kinds);
+    const cudaError_t error = launch(layout_dense_tile_kernel, unsigned(tiles), kThreads, 0, stream, args, bits, kinds);
     if (error != cudaSuccess) return error;
   }
-  return launch(dense_rows_kernel, row_blocks(out), kThreads, 0, stream, args, out, bits, kinds);
+  return launch(layout_dense_rows_kernel, row_blocks(out), kThreads, 0, stream, args, out, bits, kinds);
 }
 
 cudaError_t launch_layout_tree(const TreeArgs& args, const RowLists& out, const TileBits& bits, cudaStream_t stream) {
   if (out.rows == 0) return cudaSuccess;
-  const cudaError_t error = launch(tree_rows_kernel, row_blocks(out), kThreads, 0, stream, args, out, bits);
+  const cudaError_t error = launch(layout_tree_rows_kernel, row_blocks(out), kThreads, 0, stream, args, out, bits);
   if (error != cudaSuccess) return error;
-  return launch(tree_bits_kernel, unsigned(ceil_div(out.rows * args.tiling.M, kThreads)), kThreads, 0, stream, args,
-                bits, out.rows);
+  return launch(layout_tree_bits_kernel, unsigned(ceil_div(out.rows * args.tiling.M, kThreads)), kThreads, 0, stream,
+                args, bits, out.rows);
 }
 
 }  // namespace slk::cuda

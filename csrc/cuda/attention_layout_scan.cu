@@ -11,7 +11,7 @@ constexpr int kThreads = 128;
 constexpr int kScanThreads = 1024;  // one block scans all: as wide as a block can be
 
 // starts[i] = counts[0] + ... + counts[i - 1] for i < n; *end, if given, the whole sum. In place if starts == counts.
-__global__ void scan_kernel(int64_t n, const int32_t* counts, int32_t* starts, int32_t* end) {
+__global__ void layout_scan_kernel(int64_t n, const int32_t* counts, int32_t* starts, int32_t* end) {
   __shared__ int sums[kScanThreads / 32];
   int carry = 0;
   for (int64_t first = 0; first < n; first += kScanThreads) {
@@ -59,7 +59,7 @@ __device__ void visit_row(const VerticalSlashArgs& args, int64_t r, Visitor& vis
       [&](int64_t key) { visitor.column(key); });
 }
 
-__global__ void vertical_slash_count_kernel(VerticalSlashArgs args, RowLists out) {
+__global__ void layout_vertical_slash_count_kernel(VerticalSlashArgs args, RowLists out) {
   const int64_t r = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (r >= out.rows) return;
   CountRow count = {r % ceil_div(args.S, args.block) * args.block, args.block, args.S};
@@ -70,7 +70,7 @@ __global__ void vertical_slash_count_kernel(VerticalSlashArgs args, RowLists out
   args.col_ptr[r] = count.columns;
 }
 
-__global__ void vertical_slash_fill_kernel(VerticalSlashArgs args, RowLists out) {
+__global__ void layout_vertical_slash_fill_kernel(VerticalSlashArgs args, RowLists out) {
   const int64_t r = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (r >= out.rows) return;
   int32_t* idx = out.idx + r * out.width;
@@ -86,7 +86,7 @@ __global__ void vertical_slash_fill_kernel(VerticalSlashArgs args, RowLists out)
 // ---- transposition
 
 // slots[r, jk] = position in idx of the row's entry of tile jk; -1 elsewhere (set before).
-__global__ void transpose_slots_kernel(BlockRows in, int64_t k_blocks, int32_t* slots) {
+__global__ void layout_transpose_slots_kernel(BlockRows in, int64_t k_blocks, int32_t* slots) {
   const int64_t r = blockIdx.x;
   const int64_t first = in.rows.ptr[r], count = in.rows.cnt[r];
   if (first < 0) return;
@@ -108,7 +108,8 @@ __device__ void visit_column(const BlockRows& in, int64_t k_blocks, const int32_
   }
 }
 
-__global__ void transpose_count_kernel(BlockRows in, TransposedLists out, int64_t k_blocks, const int32_t* slots) {
+__global__ void layout_transpose_count_kernel(BlockRows in, TransposedLists out, int64_t k_blocks,
+                                              const int32_t* slots) {
   const int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (c >= in.batches * in.heads * k_blocks) return;
   int32_t count = 0, partials = 0;
@@ -120,7 +121,8 @@ __global__ void transpose_count_kernel(BlockRows in, TransposedLists out, int64_
   out.nmask[c] = partials;
 }
 
-__global__ void transpose_fill_kernel(BlockRows in, TransposedLists out, int64_t k_blocks, const int32_t* slots) {
+__global__ void layout_transpose_fill_kernel(BlockRows in, TransposedLists out, int64_t k_blocks,
+                                             const int32_t* slots) {
   const int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (c >= in.batches * in.heads * k_blocks) return;
   int64_t next_partial = out.ptr[c], next_full = next_partial + out.nmask[c];
@@ -140,12 +142,12 @@ unsigned blocks_of(int64_t threads) {
 
 cudaError_t launch_layout_vertical_slash(const VerticalSlashArgs& args, const RowLists& out, cudaStream_t stream) {
   if (out.rows == 0) return cudaMemsetAsync(args.col_ptr, 0, sizeof(int32_t), stream);
-  cudaError_t error = launch(vertical_slash_count_kernel, blocks_of(out.rows), kThreads, 0, stream, args, out);
+  cudaError_t error = launch(layout_vertical_slash_count_kernel, blocks_of(out.rows), kThreads, 0, stream, args, out);
   if (error != cudaSuccess) return error;
-  error =
-      launch(scan_kernel, 1, kScanThreads, 0, stream, out.rows, args.col_ptr, args.col_ptr, args.col_ptr + out.rows);
+  error = launch(layout_scan_kernel, 1, kScanThreads, 0, stream, out.rows, args.col_ptr, args.col_ptr,
+                 args.col_ptr + out.rows);
   if (error != cudaSuccess) return error;
-  return launch(vertical_slash_fill_kernel, blocks_of(out.rows), kThreads, 0, stream, args, out);
+  return launch(layout_vertical_slash_fill_kernel, blocks_of(out.rows), kThreads, 0, stream, args, out);
 }
 
 cudaError_t launch_layout_transpose(const BlockRows& in, const TransposedLists& out, int64_t k_blocks, int32_t* slots,
@@ -154,12 +156,13 @@ cudaError_t launch_layout_transpose(const BlockRows& in, const TransposedLists& 
   if (columns == 0) return cudaSuccess;
   cudaError_t error = cudaMemsetAsync(slots, 0xff, rows * k_blocks * sizeof(int32_t), stream);
   if (error == cudaSuccess && rows > 0)
-    error = launch(transpose_slots_kernel, unsigned(rows), kThreads, 0, stream, in, k_blocks, slots);
+    error = launch(layout_transpose_slots_kernel, unsigned(rows), kThreads, 0, stream, in, k_blocks, slots);
   if (error == cudaSuccess)
-    error = launch(transpose_count_kernel, blocks_of(columns), kThreads, 0, stream, in, out, k_blocks, slots);
-  if (error == cudaSuccess) error = launch(scan_kernel, 1, kScanThreads, 0, stream, columns, out.cnt, out.ptr, nullptr);
+    error = launch(layout_transpose_count_kernel, blocks_of(columns), kThreads, 0, stream, in, out, k_blocks, slots);
   if (error == cudaSuccess)
-    error = launch(transpose_fill_kernel, blocks_of(columns), kThreads, 0, stream, in, out, k_blocks, slots);
+    error = launch(layout_scan_kernel, 1, kScanThreads, 0, stream, columns, out.cnt, out.ptr, nullptr);
+  if (error == cudaSuccess)
+    error = launch(layout_transpose_fill_kernel, blocks_of(columns), kThreads, 0, stream, in, out, k_blocks, slots);
   return error;
 }
 
