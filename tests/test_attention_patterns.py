@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from slkernels.attention import BlockRows, attend, patterns
+from slkernels.attention import BlockRows, attend, attention_colstats, patterns
 from test_attention_layout import decode
 from torch import Tensor
 
@@ -120,6 +120,15 @@ def test_vertical_slash(s, device) -> None:
             slash = sorted(range(s), key=lambda d: -diagonal[d])[:3]
             want[b, h] = vertical_slash_mask(sorted(vertical), slash, s, 64)
     assert_mask(layout, want)
+
+
+def test_column_statistics_estimate_vertical_slash() -> None:
+    """MInference's estimator is one call of attention_colstats."""
+    q, k = peaked(300, 4, 2)
+    found = attention_colstats(q[:, :, -64:], k)
+    vertical, slash = (t.topk(9).indices.sort().values for t in (found.col_sum, found.diag_sum))
+    layout = BlockRows.from_vertical_slash(vertical, slash.flip(-1), 300)
+    assert_mask(layout, patterns.vertical_slash(q, k, 9, 9, first=0, recent=0).to_dense())
 
 
 @pytest.mark.parametrize("s", [50, 128, 500])

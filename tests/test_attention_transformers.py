@@ -199,9 +199,10 @@ def test_generation_with_a_cache_is_generation_without(pattern, options) -> None
         ("vertical_slash", {"vertical_size": 16, "slash_size": 16, "recent": 8}),
         ("block_sparse", {"topk": 2}),
         ("hip", {"topk": 1}),
+        ("local_global", {"length": 128, "summary": 8}),
     ],
 )
-def test_prompts_by_content_then_dense_decoding(pattern, options) -> None:
+def test_whole_prompts_then_decoding(pattern, options) -> None:
     model = llama(register(pattern, **options)).eval()
     prompt = tokens(1, 300)
     with torch.no_grad():

@@ -59,13 +59,17 @@ def vertical_slash(
     return BlockRows.from_vertical_slash(vertical, slash, s, block)
 
 
+def _in_blocks(x: Tensor, block: int) -> Tensor:
+    """[B, H, S, D] -> [B, H, ceil(S / block), block, D], float32, zeros behind the last token."""
+    missing = -x.shape[2] % block
+    x = torch.nn.functional.pad(x.float(), (0, 0, 0, missing)) if missing else x.float()
+    return x.unflatten(2, (-1, block))
+
+
 def _block_means(x: Tensor, block: int) -> Tensor:
     """[B, H, S, D] -> [B, H, ceil(S / block), D], the mean of each block's tokens."""
-    s = x.shape[2]
-    blocks = -(-s // block)
-    padded = torch.nn.functional.pad(x.float(), (0, 0, 0, blocks * block - s))
-    sums = padded.view(*x.shape[:2], blocks, block, -1).sum(3)
-    count = (s - torch.arange(blocks, device=x.device) * block).clamp(max=block)
+    sums = _in_blocks(x, block).sum(3)
+    count = (x.shape[2] - torch.arange(sums.shape[2], device=x.device) * block).clamp(max=block)
     return sums / count[:, None]
 
 
@@ -112,22 +116,24 @@ def hip(
     ends = torch.arange(1, q_blocks + 1, device=device) * block_m
     seen = (ends.clamp(max=sq) + sk - sq).clamp(min=0)  # keys
     blocks = (seen + block_n - 1) // block_n
-    padded = torch.nn.functional.pad(q.float(), (0, 0, 0, q_blocks * block_m - sq))
-    queries = padded.view(batch, heads, q_blocks, block_m, depth)
+    queries = _in_blocks(q, block_m).reshape(-1, block_m, depth)
     real = (torch.arange(q_blocks * block_m, device=device) < sq).view(q_blocks, block_m, 1)
-    keys = _repeat_heads(k, heads).float()
+    keys = _repeat_heads(k, heads).float().reshape(-1, depth)
+    first_key = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1) * sk
 
     def score(start: Tensor, stop: Tensor) -> Tensor:
         """[B, H, q blocks, ranges]; -inf for empty ranges."""
         centre = (start * block_n + torch.minimum(stop * block_n, seen[:, None])) // 2
-        picked = keys.gather(2, centre.clamp(0, max(sk - 1, 0)).flatten(2)[..., None].expand(-1, -1, -1, depth))
-        products = queries @ picked.view(*centre.shape, depth).mT
+        picked = keys.index_select(0, (first_key + centre.clamp(0, max(sk - 1, 0))).flatten())
+        products = torch.bmm(queries, picked.view(len(queries), -1, depth).mT)
+        products = products.view(batch, heads, q_blocks, block_m, -1)
         best = products.masked_fill(~real, -torch.inf).amax(3)
         return best.masked_fill(start >= stop, -torch.inf)
 
     cut = torch.arange(2 * topk + 1, device=device) * blocks[:, None] // (2 * topk)
     start, stop = (c.expand(batch, heads, -1, -1) for c in (cut[:, :-1], cut[:, 1:]))
-    for _ in range(max(k_blocks - 1, 1).bit_length() + 1):
+    longest = -(-k_blocks // (2 * topk))
+    for _ in range(max(longest - 1, 0).bit_length()):  # halvings until every range is one block
         best = score(start, stop).topk(topk, -1).indices
         start, stop = start.gather(3, best), stop.gather(3, best)
         middle = (start + stop + 1) // 2
