@@ -124,14 +124,15 @@ def test_from_block_mask_and_topk(sq, sk, block_m, block_n, causal, device, pois
     assert_is(BlockRows.from_topk(indices.to(device, INT32), *sizes), mask)
 
 
-@pytest.mark.parametrize("sink", [0, 1, 70, 200])
+@pytest.mark.parametrize("sink", [0, 1, 70, 128])
 @pytest.mark.parametrize(("block_m", "block_n"), BLOCKS)
 @pytest.mark.parametrize(("sq", "sk"), SIZES)
 def test_from_interval(sq, sk, block_m, block_n, sink, device, poison_memory) -> None:
     """Any bounds: empty, negative, beyond the keys, different for every query."""
-    lo = torch.randint(-20, sk + 20, (2, 2, sq), dtype=INT32)
-    hi = lo + torch.randint(-5, 200, (2, 2, sq), dtype=INT32)
+    lo = torch.randint(-20, sk + 20, (2, 3, sq), dtype=INT32)
+    hi = lo + torch.randint(-5, 200, (2, 3, sq), dtype=INT32)
     lo[0, 1], hi[0, 1] = 0, sk  # full tiles
+    lo[0, 2], hi[0, 2] = 300 * (torch.arange(sq) % 2), sk  # tiles that one query's interval covers, another's sink
     lo[1, 0] = torch.where(torch.arange(sq) % 3 == 0, 0, lo[1, 0])
     hi[1, 1] = 0  # nothing
     j = torch.arange(sk)
