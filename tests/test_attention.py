@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
+import slkernels
 import torch
-from attention_cases import GARBAGE, AttentionCase, assert_attention, layout_of, make_cases, mask_arguments
+from attention_cases import (
+    GARBAGE,
+    AttentionCase,
+    assert_attention,
+    assert_bounded,
+    bounded_results,
+    layout_of,
+    make_cases,
+    mask_arguments,
+)
 from harness import FLOATS, LAYOUTS, Inputs, assert_bitwise_equal, is_float, with_grad
 from op_tests import ErrorCase, OpTests, assert_compiled_equals_eager
 from slkernels import reference
@@ -108,3 +117,187 @@ class TestAttention(OpTests):
         torch._dynamo.reset()
         compiled = torch.compile(lambda *a: case(*a) * 2, fullgraph=True, backend="aot_eager")
         assert_compiled_equals_eager(compiled, lambda *a: case(*a) * 2, args, str(case))
+
+
+# ---- what a layout can be -------------------------------------------------------------------------------------------
+
+
+def masked(args: tuple) -> tuple[Tensor, Tensor]:
+    return reference.attention.block_sparse_attention(*args)
+
+
+def forward_only_layout(sq: int, sk: int, generator: torch.Generator) -> tuple:
+    """unit 1: tiles that start anywhere, the last one cut by the end of the keys; and single columns between them."""
+    rows = -(-sq // 64)
+    ptr, cnt, nmask, idx, col_ptr, col_idx = [], [], [], [], [0], []
+    for _ in range(rows):
+        third = 200 + int(torch.randint(19, (1,), generator=generator))
+        starts = [3, 130, third, sk - 17] if third + 64 <= sk - 17 else [3, 130, sk - 17]
+        ptr.append(len(idx))
+        cnt.append(len(starts))
+        nmask.append(1)
+        idx += starts
+        col_idx += [c for c in (1, 67, 99, 128, 199) if c < sk]
+        col_ptr.append(len(col_idx))
+    hi = torch.arange(sq, dtype=torch.int32) + 5
+
+    def lists(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32).view(1, 1, rows)
+
+    columns = (torch.tensor(col_ptr).int(), torch.tensor(col_idx).int())
+    layout = (lists(ptr), lists(cnt), lists(nmask), torch.tensor(idx).int(), 64, 64, 1, None, hi.view(1, 1, sq), 0)
+    return (*layout, None, None, *columns, *(None,) * 5)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+@pytest.mark.parametrize("sizes", [(70, 300), (129, 521), (1, 260)], ids=str)
+def test_numeric_unaligned_tiles_and_columns(dtype, sizes, device) -> None:
+    inputs, (sq, sk) = Inputs(dtype, device), sizes
+    layout = forward_only_layout(sq, sk, torch.Generator().manual_seed(0))
+    args = (inputs.tensor(2, 4, sq, 64), inputs.tensor(2, 2, sk, 64), inputs.tensor(2, 2, sk, 48))
+    args += tuple(t.to(device) if isinstance(t, Tensor) else t for t in layout)
+    want = bounded_results((*args, None, 0.0), None, None)
+    for name, got, in_torch in zip(("o", "lse"), attention(*args), masked(args), strict=True):
+        assert_bounded(got, want[name], in_torch, name)
+
+
+@pytest.mark.parametrize("what", ["unit", "columns"])
+def test_forward_only_layouts_have_no_gradients(what: str) -> None:
+    layout = list(forward_only_layout(70, 300, torch.Generator().manual_seed(0)))
+    if what == "unit":
+        layout[12:14] = None, None
+    else:
+        layout[3:7] = torch.zeros_like(layout[3]), 64, 64, 64
+        layout[1:3] = torch.ones_like(layout[1]), torch.zeros_like(layout[2])
+    q, k, v = torch.ones(1, 1, 70, 8, requires_grad=True), torch.ones(1, 1, 300, 8), torch.ones(1, 1, 300, 8)
+    for changed in ((q, k, v), (q.detach(), k.requires_grad_(), v)):
+        o, _ = attention(*changed, *layout)
+        with pytest.raises(RuntimeError, match=r"slkernels::block_sparse_attention\w*: no gradients for a layout with"):
+            o.sum().backward()
+
+
+def test_numeric_a_sparse_layout_is_not_dense(device) -> None:
+    """What flash-attention's issue 2897 did: a kernel that ignores the list returns the dense result."""
+    inputs = Inputs(torch.float32, device)
+    q, k, v = inputs.tensor(1, 2, 256, 64), inputs.tensor(1, 2, 256, 64), inputs.tensor(1, 2, 256, 64)
+    keep = torch.ones(1, 1, 4, 4).tril().bool().repeat_interleave(64, 2).repeat_interleave(64, 3)
+    sparse = tuple(t.to(device) if isinstance(t, Tensor) else t for t in layout_of(keep, 64, 64))
+    dense = tuple(t.to(device) if isinstance(t, Tensor) else t for t in layout_of(torch.ones_like(keep), 64, 64))
+    assert (sparse[2] == 0).all() and (dense[2] == 0).all(), "full tiles only: lists are all that differs"
+    o, o_dense = attention(q, k, v, *sparse)[0], attention(q, k, v, *dense)[0]
+    assert (o - o_dense).abs().amax((0, 1, 3))[:192].min() > 1e-3
+    torch.testing.assert_close(o_dense, torch.nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+def test_transposed_lists_are_built_where_they_are_missing() -> None:
+    for case in make_cases():
+        args = with_grad(case.make(Inputs(torch.float32)))
+        if case.output or not case(*args).numel():
+            continue
+        without = (*args[:17], None, None, None, None, None, *args[22:])
+        wants = torch.autograd.grad(case(*args).sum(), args[:3])
+        for got, want in zip(torch.autograd.grad(case(*without).sum(), args[:3]), wants, strict=True):
+            assert_bitwise_equal(got, want, str(case))
+
+
+@pytest.mark.parametrize(
+    ("name", "position", "value", "message"),
+    [
+        ("t_idx", (4,), 2, "t_idx[4] of list 0 must be in [0, 2), got 2"),
+        ("t_cnt", (0, 0, 0), GARBAGE, "t_ptr[0] = 3 and t_cnt[0] = 1073741824 must stay within the"),
+        ("t_nmask", (0, 0, 0), -1, "t_nmask[0] must be in [0, 2], got -1"),
+        ("t_bit_id", (3,), GARBAGE, "t_bit_id[3] of list 0 must be below"),
+    ],
+)
+def test_corrupt_transposed_lists(name: str, position: tuple, value: int, message: str) -> None:
+    args = changed(name, position, value)
+    o, _ = attention(*args[:2], args[2].requires_grad_(), *args[3:])
+    with pytest.raises(RuntimeError) as caught:
+        o.sum().backward()
+    assert f"slkernels::block_sparse_attention_backward: {message}" in str(caught.value)
+
+
+def test_both_gradients_at_once() -> None:
+    """The gradient of (o, lse) is the sum of those of o alone and of lse alone."""
+    args = with_grad(make_cases()[2].make(Inputs(torch.float64)))
+    o, lse = attention(*args)
+    lse = lse.masked_fill(lse == -math.inf, 0)
+    do, dlse = torch.randn_like(o), torch.randn_like(lse)
+    both = torch.autograd.grad((o, lse), args[:3], (do, dlse), retain_graph=True)
+    of_o = torch.autograd.grad(o, args[:3], do, retain_graph=True)
+    of_lse = torch.autograd.grad(lse, args[:3], dlse)
+    for total, a, b in zip(both, of_o, of_lse, strict=True):
+        torch.testing.assert_close(total, a + b)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_token_major_inputs_are_views_and_so_are_results() -> None:
+    """[B, S, H, D] tensors seen as [B, H, S, D]: no copies; results and gradients lie as their inputs do."""
+    layout = mask_arguments("random", 1, 1, 70, 130, 64, 64)
+    q, k, v = (torch.randn(2, s, h, d) for s, h, d in ((70, 4, 64), (130, 2, 64), (130, 2, 48)))
+    views = [t.transpose(1, 2).requires_grad_() for t in (q, k, v)]
+    o, lse = attention(*views, *layout)
+    assert o.transpose(1, 2).is_contiguous() and lse.is_contiguous()
+    grads = torch.autograd.grad(o.sum(), views)
+    assert all(g.transpose(1, 2).is_contiguous() for g in grads)
+    dense = [t.detach().contiguous().requires_grad_() for t in views]
+    o_dense, lse_dense = attention(*dense, *layout)
+    assert o_dense.is_contiguous()
+    for got, want in zip(
+        (o, lse, *grads), (o_dense, lse_dense, *torch.autograd.grad(o_dense.sum(), dense)), strict=True
+    ):
+        assert_bitwise_equal(got, want, "views")
+
+
+def test_backward_keeps_inputs_results_and_the_layout() -> None:
+    args = with_grad(arguments())
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        o, lse = attention(*args)
+    known = {t.data_ptr() for t in (*args, o, lse) if isinstance(t, Tensor)}
+    assert saved and all(t.data_ptr() in known for t in saved)
+
+
+# ---- elementary functions -------------------------------------------------------------------------------------------
+# One query of one feature against two keys: p of the second is exp(-x) / (1 + exp(-x)) for any x, and v picks it out.
+
+
+def two_keys(x: Tensor, softcap: float = 0.0) -> tuple[Tensor, Tensor]:
+    n = x.numel()
+    q, k = torch.ones(n, 1, 1, 1), torch.stack([torch.zeros(n), x], 1).view(n, 1, 2, 1)
+    v = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1).expand(n, 1, 2, 1)
+    o, lse = attention(q, k, v, *mask_arguments("full", 1, 1, 1, 2, 64, 64), 1.0, softcap)
+    return o.flatten(), lse.flatten()
+
+
+def test_numeric_exp() -> None:
+    """p to 4 units in the last place from 1 down to where exp is flushed, 0 below: no cliff, no wrong power of two."""
+    x = -torch.cat([torch.linspace(0, 87, 20001), torch.arange(126) * math.log(2)]).float()
+    o, _ = two_keys(x)
+    e = x.double().exp()
+    error = (o.double() - e / (1 + e)).abs() / (e / (1 + e))
+    assert error.max() <= 4 * 2**-24, f"{error.max() / 2**-24} half units at {x[error.argmax()]}"
+    for far in (-104.0, -1e4, -1e30, -math.inf):
+        assert two_keys(torch.tensor([far]))[0] == 0
+    assert two_keys(torch.tensor([math.nan]))[0].isnan()
+
+
+def test_numeric_tanh() -> None:
+    """softcap * tanh(x / softcap) to 5 half units, from 1e-30 to infinity; lse of one key is its logit."""
+    x = torch.cat([torch.logspace(-30, 5, 5001), torch.linspace(0.5, 0.75, 5001), torch.tensor([math.inf])])
+    x = torch.cat([x, -x])
+    for softcap in (1.0, 30.0):
+        q, k = torch.ones(len(x), 1, 1, 1), (x * softcap).view(-1, 1, 1, 1)
+        lse = attention(q, k, k, *mask_arguments("full", 1, 1, 1, 1, 64, 64), 1.0, softcap)[1].flatten()
+        want = softcap * torch.tanh((x * softcap).double() / softcap)
+        error = ((lse.double() - want) / want).abs()
+        assert error.max() <= 5 * 2**-24, f"{error.max() / 2**-24} half units at {x[error.argmax()]}"
+        assert torch.equal(lse[: len(x) // 2], -lse[len(x) // 2 :])
+
+
+def test_wrapper_is_the_op() -> None:
+    args = arguments()
+    for got, want in zip(slkernels.attention.block_sparse_attention(*args), attention(*args), strict=True):
+        assert_bitwise_equal(got, want, "")
