@@ -17,7 +17,7 @@ from slkernels.bench import __main__ as program
 from slkernels.bench import case as bench_case
 from slkernels.bench import compare, environment, paths, plots, report, roofline, tables, timing
 from slkernels.bench.case import DENSE, OURS, Absent, Case, Provider, Target, compare_with, relative_error
-from slkernels.bench.cases import all_cases, families, lowrank, optim, sl, sparse
+from slkernels.bench.cases import all_cases, attention, families, lowrank, optim, sl, sparse
 from slkernels.bench.run import run_case
 
 CPU = torch.device("cpu")
@@ -187,6 +187,9 @@ def test_roofline_is_the_lower_of_both_ceilings():
 
 _F32, _BF16 = torch.float32, torch.bfloat16
 _TINY = {
+    "attention causal": (attention.attention_problem(2, 200, 16, None, _F32), DENSE),
+    "attention sparse": (attention.attention_problem(2, 600, 16, 0.4, _F32, backward=True), DENSE),
+    "attention layout": (attention.layout_problem(2, 600, 16, 0.4), attention.ATTENTION),
     "spmm": (sparse.spmm_problem(33, 96, 80, 0.1, _F32), DENSE),
     "spmm bf16": (sparse.spmm_problem(33, 96, 80, 0.1, _BF16), DENSE),
     "spmm_t": (sparse.spmm_t_problem(33, 96, 80, 0.1, _F32), DENSE),
@@ -425,7 +428,11 @@ def test_list_names_every_family(capsys):
     assert program.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(set(lines)) == len(all_cases())
-    assert {line.split()[0] for line in lines} == set(families()) == {"lowrank", "model", "optim", "sl", "sparse"}
+    assert (
+        {line.split()[0] for line in lines}
+        == set(families())
+        == {"attention", "lowrank", "model", "optim", "sl", "sparse"}
+    )
 
 
 def test_quick_covers_every_family_of_ops_and_no_sweep():

@@ -3,7 +3,7 @@
 //
 // A unit is a block of queries of one head. Its q and the running o, maximum and sum of every query stay in panels;
 // tiles of kKeys keys stream by. Work is 2 M kKeys (Dk + Dv) FLOPs a tile; exp takes about 10 instructions for 16
-// elements, 6 % of the products' time at Dk = Dv = 64. Logits are kept in units of log 2, so that exp is exp2.
+// elements, 6 % of the products' time at Dk = Dv = 64.
 #include "cpu/attention_tile.h"
 
 #include <cfloat>
@@ -27,19 +27,19 @@ void online_softmax(float* s, int64_t keys, Running run, int64_t dv) {
   for (int v = 0; v < NV; ++v) {
     const V before = load(run.max + v * kLanes);
     moved |= lanes_without((VI)(top[v] != before), -1) != (1u << kLanes) - 1;
-    shrink[v] = exp2(before - top[v]);
-    total[v] = load(run.sum + v * kLanes) * shrink[v];
+    shrink[v] = exp(before - top[v]);
+    total[v] = zero();
   }
   for (int64_t j = 0; j < keys; ++j)
     for (int v = 0; v < NV; ++v) {
       float* at = s + j * kPanel + v * kLanes;
-      const V p = exp2(load(at) - top[v]);
+      const V p = exp(load(at) - top[v]);
       total[v] += p;
       store(at, p);
     }
   for (int v = 0; v < NV; ++v) {
     store(run.max + v * kLanes, top[v]);
-    store(run.sum + v * kLanes, total[v]);
+    store(run.sum + v * kLanes, load(run.sum + v * kLanes) * shrink[v] + total[v]);
   }
   for (int64_t d = 0; moved && d < dv; ++d)
     for (int v = 0; v < NV; ++v) {
@@ -92,7 +92,7 @@ void forward_block(const AttentionForward& a, AttentionItem item, Scratch scratc
 
   float* lse = static_cast<float*>(a.lse) + (item.batch * shape.heads_q + item.head) * shape.sq + i0;
   for (int64_t i = 0; i < queries; ++i) {
-    lse[i] = total[i] == 0 ? -__builtin_inff() : float(top[i] * kLn2 + __builtin_log(double(total[i])));
+    lse[i] = total[i] == 0 ? -__builtin_inff() : float(top[i] + __builtin_log(double(total[i])));
     total[i] = total[i] == 0 ? 0.f : 1.f / total[i];
   }
   T* o_rows = head<T>(a.o, a.o_strides, item.batch, item.head, i0);

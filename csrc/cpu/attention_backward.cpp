@@ -23,7 +23,7 @@ SLK_INLINE void softmax_gradient(const Logits& logits, const float* lse, const f
         x = t * logits.cap;
         g *= 1.f - t * t;
       }
-      store(s + at, exp2(x - lse_v));
+      store(s + at, exp(x - lse_v));
       store(dp + at, g);
     }
   mask(s);
@@ -76,7 +76,7 @@ void backward_q_block(const AttentionBackward& b, AttentionItem item, Scratch sc
   fill(dq, panels * dk * kPanel, 0.f);
   const int64_t first = (item.batch * shape.heads_q + item.head) * shape.sq + i0;
   for (int64_t i = 0; i < panels * kPanel; ++i) {
-    lse[i] = i < queries ? log2_sum(static_cast<const float*>(a.lse)[first + i]) : 0.f;
+    lse[i] = i < queries ? finite_lse(static_cast<const float*>(a.lse)[first + i]) : 0.f;
     delta[i] = i < queries ? static_cast<const float*>(b.delta)[first + i] : 0.f;
   }
 
@@ -164,7 +164,7 @@ void key_panel_gradient(const Logits& logits, const KeyPanel& panel, const Query
   if (rows <= 0) return;
   const Rows q = tile.q.from(skipped), d_o = tile.d_o.from(skipped);
   float lse[kTileKeys];
-  for (int64_t i = 0; i < rows; ++i) lse[i] = log2_sum(tile.lse[skipped + i]);
+  for (int64_t i = 0; i < rows; ++i) lse[i] = finite_lse(tile.lse[skipped + i]);
   product_rows<NV>(q, rows, state.k, dk, logits.factor, s);
   product_rows<NV>(d_o, rows, state.v, dv, 1.f, dp);
   softmax_gradient<NV, false>(logits, lse, tile.delta + skipped, rows, s, dp, [&](float* p) {
@@ -253,26 +253,33 @@ void backward_kv_block(const AttentionBackward& b, AttentionItem item, Scratch s
 
 // ---- delta --------------------------------------------------------------------------------------------------------
 
+// do . o is summed in the order of dp = do . v: a query that keeps one key has dp - delta = 0 exactly.
 template <class T>
-void delta_block(const AttentionBackward& b, AttentionItem item) {
+void delta_block(const AttentionBackward& b, AttentionItem item, Scratch scratch) {
   const AttentionForward& a = b.forward;
   const int64_t i0 = item.block * a.mask.block_m, end = min(i0 + a.mask.block_m, a.shape.sq), dv = a.shape.dv;
-  const int64_t numbers = (item.batch * a.shape.heads_q + item.head) * a.shape.sq;
+  const int64_t first = (item.batch * a.shape.heads_q + item.head) * a.shape.sq;
   const float* dlse = static_cast<const float*>(b.dlse);
-  float* delta = static_cast<float*>(b.delta) + numbers;
-  for (int64_t i = i0; i < end; ++i) {
-    const T* o = head<T>(a.o, a.o_strides, item.batch, item.head, i);
-    const T* d_o = head<T>(b.d_o, b.d_o_strides, item.batch, item.head, i);
-    V total = zero();
-    in_vectors(dv, [&](int64_t d, int count) { total += load_up_to(o + d, count) * load_up_to(d_o + d, count); });
-    delta[i] = sum(total) - (dlse ? dlse[numbers + i] : 0.f);
+  float* delta = static_cast<float*>(b.delta) + first;
+  float *o = scratch.take(dv * kPanel), *d_o = scratch.take(dv * kPanel);
+  for (int64_t i = i0; i < end; i += kPanel) {
+    const int64_t rows = min(end - i, kPanel);
+    pack_panel(head<T>(a.o, a.o_strides, item.batch, item.head, i), a.o_strides.token, rows, dv, o);
+    pack_panel(head<T>(b.d_o, b.d_o_strides, item.batch, item.head, i), b.d_o_strides.token, rows, dv, d_o);
+    float dot[kPanel];
+    for (int v = 0; v < kPanelVectors; ++v) {
+      V total = zero();
+      for (int64_t d = 0; d < dv; ++d) total += load(o + d * kPanel + v * kLanes) * load(d_o + d * kPanel + v * kLanes);
+      store(dot + v * kLanes, total);
+    }
+    for (int64_t n = 0; n < rows; ++n) delta[i + n] = dot[n] - (dlse ? dlse[first + i + n] : 0.f);
   }
 }
 
 }  // namespace
 
-void attention_delta(const AttentionBackward& b, AttentionItem item) {
-  with_float_type(b.forward.shape.dtype, [&](auto* type) { delta_block<Element<decltype(type)>>(b, item); });
+void attention_delta(const AttentionBackward& b, AttentionItem item, float* scratch) {
+  with_float_type(b.forward.shape.dtype, [&](auto* type) { delta_block<Element<decltype(type)>>(b, item, {scratch}); });
 }
 
 void attention_backward_q(const AttentionBackward& b, AttentionItem item, float* scratch) {

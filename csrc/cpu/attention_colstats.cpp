@@ -77,8 +77,8 @@ void colstats_part(const AttentionColStats& c, AttentionItem part, Scratch scrat
     const Columns to = {sum, col_max, diagonal + shape.sk - 1};
     for (int64_t i = row_begin; i < row_end; i += kPanel) {
       const QueryPanel panel = {i0, i - i0, min(row_end - i, kPanel)};
-      float lse2[kPanel];
-      for (int64_t n = 0; n < kPanel; ++n) lse2[n] = n < panel.rows ? log2_sum(lse[i + n]) : 0.f;
+      float lse_row[kPanel];
+      for (int64_t n = 0; n < kPanel; ++n) lse_row[n] = n < panel.rows ? finite_lse(lse[i + n]) : 0.f;
       pack_panel(q_rows + i * a.q_strides.token, a.q_strides.token, panel.rows, shape.dk, q);
       for_each_tile<T>(a, {part.batch, part.head, block}, scratch, [&](const Tile& tile) {
         const Range live = tile.partial ? keys_of_panel(tile, panel) : tile.keys;
@@ -87,7 +87,7 @@ void colstats_part(const AttentionColStats& c, AttentionItem part, Scratch scrat
                                     s);
         for (int64_t at = 0; at < live.size() * kPanel; at += kLanes) {
           const V x = load(s + at), logit = logits.cap != 0 ? tanh(x) * logits.cap : x;
-          store(s + at, exp2(logit - load(lse2 + at % kPanel)));
+          store(s + at, exp(logit - load(lse_row + at % kPanel)));
         }
         if (tile.partial) mask_queries<kPanelVectors>(tile, panel, live, 0.f, s);
         if (tile.gathered) return count_gathered(s, panel.rows, tile.gathered, live.size(), i + shift, to);

@@ -6,7 +6,7 @@
 // lanes, any run of rows (ragged, unaligned, gathered) is a tile, and both products have one form each:
 //
 //   product_rows:  out[r][lane]  = factor * sum_d a[r][d] x[d][lane]      s = k q^T, dp = v do^T
-//   product_sum:   acc[d][lane] +=          sum_r a[r][d] x[r][lane]      o += v^T p, dq += k^T ds
+//   product_sum:   total[d][lane] +=        sum_r a[r][d] x[r][lane]      o += v^T p, dq += k^T ds
 //
 // Per step a register tile of kTileRows x 2 vectors takes 2 vector loads and kTileRows broadcasts for 2 kTileRows FMAs:
 // 10 loads for 16 FMAs on AVX-512, 8 for 12 with 16 registers. That is within two loads a cycle at two FMAs a cycle.
@@ -59,11 +59,12 @@ SLK_INLINE void product_rows_tile(Rows a, const float* x, int64_t depth, float f
     for (int v = 0; v < NV; ++v) store(out + r * kPanel + v * kLanes, acc[r][v] * factor);
 }
 
+// The sum of a tile's rows starts from zero: a chain of kTileKeys additions, then one a tile.
 template <int NR, int NV>
-SLK_INLINE void product_sum_tile(Rows a, const float* x, int64_t rows, float* acc_out) {
+SLK_INLINE void product_sum_tile(Rows a, const float* x, int64_t rows, float* total) {
   V acc[NR][NV];
   for (int d = 0; d < NR; ++d)
-    for (int v = 0; v < NV; ++v) acc[d][v] = load(acc_out + d * kPanel + v * kLanes);
+    for (int v = 0; v < NV; ++v) acc[d][v] = zero();
   for (int64_t r = 0; r < rows; ++r) {
     V xv[NV];
     for (int v = 0; v < NV; ++v) xv[v] = load(x + r * kPanel + v * kLanes);
@@ -73,7 +74,10 @@ SLK_INLINE void product_sum_tile(Rows a, const float* x, int64_t rows, float* ac
     }
   }
   for (int d = 0; d < NR; ++d)
-    for (int v = 0; v < NV; ++v) store(acc_out + d * kPanel + v * kLanes, acc[d][v]);
+    for (int v = 0; v < NV; ++v) {
+      float* at = total + d * kPanel + v * kLanes;
+      store(at, load(at) + acc[d][v]);
+    }
 }
 
 // Calls tile(width, first) for runs of kTileRows, then 4, 2 and 1, that cover [0, count).
@@ -94,9 +98,9 @@ void product_rows(Rows a, int64_t rows, const float* x, int64_t depth, float fac
 }
 
 template <int NV>
-void product_sum(Rows a, int64_t rows, const float* x, int64_t features, float* acc) {
+void product_sum(Rows a, int64_t rows, const float* x, int64_t features, float* total) {
   in_tiles(features, [&](auto width, int64_t d) {
-    product_sum_tile<width, NV>({a.data + d, a.stride}, x, rows, acc + d * kPanel);
+    product_sum_tile<width, NV>({a.data + d, a.stride}, x, rows, total + d * kPanel);
   });
 }
 
@@ -187,16 +191,16 @@ struct Scratch {
 
 // ---- tiles and masks ----------------------------------------------------------------------------------------------
 
-// Logits in units of log 2: factor * q.k, or cap * tanh(factor * q.k).
+// Logits: factor * q.k, or cap * tanh(factor * q.k).
 struct Logits {
   float factor, cap;  // cap 0: none
   explicit Logits(const AttentionShape& s)
-      : factor(float(s.softcap != 0 ? s.scale / s.softcap : s.scale / kLn2)), cap(float(s.softcap / kLn2)) {}
+      : factor(float(s.softcap != 0 ? s.scale / s.softcap : s.scale)), cap(float(s.softcap)) {}
 };
 
-// lse in units of log 2. An empty row keeps nothing: any finite number gives p = exp2(-inf) = 0.
-SLK_INLINE float log2_sum(float lse) {
-  return lse == -__builtin_inff() ? 0.f : lse * kLog2e;
+// lse to subtract from logits. An empty row keeps nothing: any finite number gives p = exp(-inf) = 0.
+SLK_INLINE float finite_lse(float lse) {
+  return lse == -__builtin_inff() ? 0.f : lse;
 }
 
 // The interval predicate of one mask head: keep(i, j) = j < hi[i] and (j >= lo[i] or j < sink).
@@ -314,7 +318,7 @@ void for_each_tile(const AttentionForward& a, AttentionItem item, Scratch scratc
 
 // ---- the parts of the table, one file each ------------------------------------------------------------------------
 
-void attention_delta(const AttentionBackward&, AttentionItem);
+void attention_delta(const AttentionBackward&, AttentionItem, float* scratch);
 void attention_backward_q(const AttentionBackward&, AttentionItem, float* scratch);
 void attention_backward_kv(const AttentionBackward&, AttentionItem, float* scratch);
 void attention_merge(const MergeStates&, int64_t batch, int64_t head, Range tokens);

@@ -6,25 +6,24 @@
 
 namespace slk::cpu::SLK_ISA {
 
-constexpr float kLog2e = 1.44269504088896341f;
-constexpr double kLn2 = 0.693147180559945309;
-
-// 2^x, at most 1 ulp off for results that are normal numbers; 0 below, infinity above, NaN for NaN.
-SLK_INLINE V exp2(V x) {
+// e^x = 2^n e^f with n the integer next to x / ln 2, at most 1 ulp off; 0 below e^-87 (AVX-512: down to subnormals),
+// infinity above the largest float, NaN for NaN.
+SLK_INLINE V exp(V x) {
   constexpr float kMagic = 0x1.8p23f;  // x + kMagic rounds x to an integer
 #if defined(__AVX512F__)
-  x = max(broadcast(-160.f), x);  // keeps -inf out of the subtraction; max returns a NaN in its second operand
+  x = max(broadcast(-110.f), x);  // keeps -inf out of the subtraction; max returns a NaN in its second operand
 #else
-  const VI tiny = x < -126.f, huge = x >= 128.f;
-  x = max(broadcast(-126.f), x);
+  const VI tiny = x < -87.f, huge = x > 88.722839f;
+  x = max(broadcast(-87.f), x);
 #endif
-  const V shifted = x + kMagic, n = shifted - kMagic, f = x - n;
-  V y = broadcast(1.5345810e-4f);
-  y = y * f + 1.3399931e-3f;
-  y = y * f + 9.618489e-3f;
-  y = y * f + 5.5503286e-2f;
-  y = y * f + 2.4022646e-1f;
-  y = y * f + 6.931472e-1f;
+  const V shifted = x * 1.44269504f + kMagic, n = shifted - kMagic;
+  const V f = (x - n * 0.693359375f) + n * 2.12194442e-4f;  // ln 2 in two parts: n times the first is exact
+  V y = broadcast(1.38367398e-3f);
+  y = y * f + 8.37489869e-3f;
+  y = y * f + 4.16682325e-2f;
+  y = y * f + 1.66664198e-1f;
+  y = y * f + 4.99999911e-1f;
+  y = y * f + 1.f;
   y = y * f + 1.f;
 #if defined(__AVX512F__)
   return (V)_mm512_scalef_ps((__m512)y, (__m512)n);
@@ -45,7 +44,7 @@ SLK_INLINE V tanh(V x) {
   small = small * z + 1.3333304e-1f;
   small = small * z - 3.3333334e-1f;
   small = x + x * z * small;
-  const V t = exp2(abs(x) * (-2.f * kLog2e));
+  const V t = exp(abs(x) * -2.f);
   const V large = (1.f - t) / (1.f + t);
   const V signed_large = (V)((VI)large | ((VI)x & INT32_MIN));
   return (VI)(abs(x) < 0.625f) ? small : signed_large;

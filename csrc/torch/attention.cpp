@@ -93,7 +93,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_o, std::op
 
   const int64_t scratch_floats = kernels.scratch(s, mask), rows = mask.rows.blocks;
   const int64_t row_items = s.batch * s.heads_q * rows;
-  for_each_item(row_items, 0, [&](int64_t i, float*) { kernels.delta(args, query_item(i, s.heads_q, rows)); });
+  for_each_item(row_items, scratch_floats,
+                [&](int64_t i, float* scratch) { kernels.delta(args, query_item(i, s.heads_q, rows), scratch); });
   if (need_q)
     for_each_item(row_items, scratch_floats, [&](int64_t i, float* scratch) {
       kernels.backward_q(args, query_item(i, s.heads_q, rows), scratch);

@@ -140,7 +140,7 @@ struct AttentionKernels {
   // Floats of 64-byte aligned scratch that any call below needs.
   int64_t (*scratch)(const AttentionShape&, const BlockRows&);
   void (*forward)(const AttentionForward&, AttentionItem, float* scratch);       // o and lse of a block of queries
-  void (*delta)(const AttentionBackward&, AttentionItem);                        // delta of a block of queries
+  void (*delta)(const AttentionBackward&, AttentionItem, float* scratch);        // of a block of queries
   void (*backward_q)(const AttentionBackward&, AttentionItem, float* scratch);   // dq of a block of queries
   void (*backward_kv)(const AttentionBackward&, AttentionItem, float* scratch);  // dk and dv of a block of keys
   void (*merge)(const MergeStates&, int64_t batch, int64_t head, Range tokens);

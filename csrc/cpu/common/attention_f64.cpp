@@ -92,7 +92,7 @@ void forward(const AttentionForward& a, AttentionItem item, float*) {
   }
 }
 
-void delta(const AttentionBackward& g, AttentionItem item) {
+void delta(const AttentionBackward& g, AttentionItem item, float*) {
   const AttentionShape& s = g.forward.shape;
   const int64_t i0 = item.block * g.forward.mask.block_m;
   for (int64_t i = i0; i < std::min(i0 + g.forward.mask.block_m, s.sq); ++i) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LAYOUT_ARGUMENTS = 19  # row_ptr to t_bit_id
 
 def keep_mask(
     queries: int,
@@ -80,11 +81,10 @@ def masked_attention(
     return p.to(v.dtype) @ v, lse
 
 
-def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, *layout, scale: float | None = None, softcap: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """(o, lse); ``layout`` are the arguments of :func:`keep_mask` from ``row_ptr`` on."""
-    return masked_attention(q, k, v, keep_mask(q.shape[2], k.shape[2], *layout), scale, softcap)
+def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    """(o, lse); ``arguments`` are those of the op: the layout's, from row_ptr to t_bit_id, then scale and softcap."""
+    layout, numbers = arguments[:LAYOUT_ARGUMENTS], arguments[LAYOUT_ARGUMENTS:]
+    return masked_attention(q, k, v, keep_mask(q.shape[2], k.shape[2], *layout), *numbers)
 
 
 def merge_attention_states(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
