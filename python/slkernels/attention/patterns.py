@@ -184,7 +184,14 @@ def lambda_mask(
 
 
 def lambda_attention(
-    q: Tensor, k: Tensor, v: Tensor, q_far: Tensor, k_far: Tensor, n_global: int, n_local: int, scale=None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_far: Tensor,
+    k_far: Tensor,
+    n_global: int,
+    n_local: int,
+    scale: float | None = None,
 ) -> Tensor:
     """LM-Infinite attention: two calls, merged by their log-sum-exp.
 
