@@ -2,8 +2,8 @@
 // packing and masks: attention_tile.h.
 //
 // A unit is a block of queries of one head. Its q and the running o, maximum and sum of every query stay in panels;
-// tiles of kKeys keys stream by. Work is 2 M kKeys (Dk + Dv) FLOPs a tile; exp takes about 10 instructions for 16
-// elements, 6 % of the products' time at Dk = Dv = 64.
+// tiles of kTileKeys keys stream by. A tile takes 2 M kTileKeys (Dk + Dv) FLOPs; exp takes about 20 instructions for 16
+// elements, which with maximum and masks is a tenth of the time at Dk = Dv = 64.
 #include "cpu/attention_tile.h"
 
 #include <cfloat>
