@@ -11,7 +11,14 @@ import pytest
 import slkernels
 
 TESTS = Path(__file__).parent
-FILES = ["test_sparse.py", "test_sparse_compose.py", "test_lowrank.py", "test_sl.py"]
+FILES = [
+    "test_attention.py",
+    "test_attention_states.py",
+    "test_lowrank.py",
+    "test_sl.py",
+    "test_sparse.py",
+    "test_sparse_compose.py",
+]
 
 
 def run(isa: str, *command: str) -> subprocess.CompletedProcess:

@@ -1,33 +1,12 @@
 // Prefix sums that several kernels share.
 #pragma once
 
+#include "slkernels/block_scan.cuh"
 #include "slkernels/launch.cuh"
 
 namespace slk::cuda {
 
 constexpr int kScanThreads = 1024;  // one block scans everything: as wide as a block can be
-
-// Inclusive prefix sum over the block's threads; `sums` has room for a word a warp.
-__device__ inline int block_inclusive_scan(int value, int* sums) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  for (int step = 1; step < 32; step *= 2) {
-    const int below = __shfl_up_sync(0xffffffffu, value, step);
-    if (lane >= step) value += below;
-  }
-  if (lane == 31) sums[warp] = value;
-  __syncthreads();
-  if (warp == 0) {
-    int total = lane < warps ? sums[lane] : 0;
-    for (int step = 1; step < 32; step *= 2) {
-      const int below = __shfl_up_sync(0xffffffffu, total, step);
-      if (lane >= step) total += below;
-    }
-    if (lane < warps) sums[lane] = total;
-  }
-  __syncthreads();
-  if (warp > 0) value += sums[warp - 1];
-  return value;
-}
 
 // crow[1..n] holds counts on entry and their inclusive prefix sums on exit; cursor[r] = crow[r], unless it is null.
 static __global__ void scan_kernel(int64_t n, int32_t* crow, int32_t* cursor) {

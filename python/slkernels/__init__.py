@@ -14,7 +14,7 @@ except ImportError as error:
         "If it was installed as a wheel, the wheel must match this Python, and torch must be >= 2.10."
     ) from error
 
-from . import convert, nn, optim
+from . import attention, convert, nn, optim
 from .gemm import gemm
 from .lowrank import lowrank_linear
 from .optim import adam_q_, dequantize_block, quantize_block
@@ -43,6 +43,7 @@ def build_info() -> dict[str, object]:
 __all__ = [
     "Support",
     "adam_q_",
+    "attention",
     "build_info",
     "check_support",
     "compose",
