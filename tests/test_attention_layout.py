@@ -434,6 +434,10 @@ def test_transpose_of_a_corrupt_layout_is_an_error() -> None:
         (lambda: BlockRows.from_topk(torch.tensor([[[[-2], [0]]]]), 64, 64, 128, 128), "row 0, entry 0 is -2, outside"),
         (lambda: BlockRows.from_interval(None, torch.zeros(3, 4), 64, 64, 4), r"lo must be \[B', Hm, Sq\]"),
         (lambda: BlockRows.from_interval(None, torch.zeros(1, 1, 4), 64, 64, 4, -1), "sink must not be negative"),
+        (
+            lambda: BlockRows.from_interval(None, torch.tensor([[[4, 70]]]), 64, 64, 70, width=1),
+            "row 0 has 2 tiles, more than width = 1",
+        ),
         (lambda: BlockRows.from_cu_seqlens(torch.tensor([1, 4]), 64, 64, 4), r"cu_q\[0\] must be 0, got 1"),
         (lambda: BlockRows.from_cu_seqlens(torch.tensor([0, 4, 3]), 64, 64, 4), "cu_q decreases at position 2"),
         (lambda: BlockRows.from_cu_seqlens(torch.tensor([0, 5]), 64, 64, 4), "cu_q ends at 5, behind the 4 tokens"),
@@ -473,6 +477,7 @@ def example_calls() -> dict[str, tuple]:
         "layout_from_block_mask": (torch.rand(1, 2, 3, 2) < 0.5, 64, 64, 130, 100, True),
         "layout_from_topk": (torch.randint(-1, 2, (1, 2, 3, 5), dtype=INT32), 64, 64, 130, 100),
         "layout_from_interval": (hi - 30, hi, 4, 64, 128, 100),
+        "layout_from_interval-width": (hi - 30, hi, 4, 64, 128, 100, 1),
         "layout_from_cu_seqlens": (torch.tensor([0, 50, 130], dtype=INT32),) * 2 + (64, 64, 130, 130),
         "layout_from_vertical_slash": (ints, ints.flip(-1), 64, 200),
         "layout_from_dense_mask": (torch.rand(1, 2, 130, 100) < 0.5, 64, 64),
@@ -485,7 +490,7 @@ def example_calls() -> dict[str, tuple]:
 @pytest.mark.parametrize("name", example_calls())
 def test_opcheck(name) -> None:
     """Lists end in memory that nobody wrote, so results are compared by their shapes (here) and by what they mean."""
-    args, op = example_calls()[name], getattr(ops, name).default
+    args, op = example_calls()[name], getattr(ops, name.partition("-")[0]).default
     torch.library.opcheck(op, args, test_utils=["test_schema", "test_faketensor", "test_autograd_registration"])
     results = op(*args)
     if results is None:

@@ -73,6 +73,11 @@ def test_strided(sq, sk, stride, block_m, block_n, device) -> None:
     assert_mask(layout, mask_of(sq, sk, keep))
 
 
+def test_long_windows_need_little_memory() -> None:
+    layout = patterns.a_shape(2**15, 100, 300).check()
+    assert layout.idx.numel() <= layout.row_ptr.numel() * 6
+
+
 def test_strided_shares_bitmaps() -> None:
     layout = patterns.strided(1024, 96, block_m=64, block_n=64)
     assert len(layout.bits) < layout.row_nmask.sum() / 3

@@ -33,9 +33,10 @@ __device__ void emit_row(const RowLists& out, int64_t r, int64_t k_blocks, const
     if (pass == 0) partial = count;
   }
   if (lane == 0) {
+    const bool fits = count <= out.width;
     out.ptr[r] = int32_t(r * out.width);
-    out.cnt[r] = count;
-    out.nmask[r] = partial;
+    out.cnt[r] = fits ? count : -1;  // corrupt by contract: the row is skipped, and layout_check names it
+    out.nmask[r] = fits ? partial : 0;
   }
 }
 

@@ -99,9 +99,12 @@ struct Cpu {
             e % args.k, " is ", args.indices[e], ", outside [-1, ", k_blocks, ")");
     parallel_rows(out.rows.rows, k_blocks + args.k, [&](Range rows) { cpu::layout_topk(args, out.rows, rows); });
   }
-  static void build(const char*, const IntervalArgs& args, const NewLists& out) {
+  static void build(const char* op, const IntervalArgs& args, const NewLists& out) {
     parallel_rows(out.rows.rows, args.tiling.k_blocks() + args.tiling.M,
                   [&](Range rows) { cpu::layout_interval(args, out.rows, rows); });
+    for (int64_t r = 0; r < out.rows.rows; ++r)
+      check(out.rows.cnt[r] <= out.rows.width, op, "row ", r, " has ", out.rows.cnt[r],
+            " tiles, more than width = ", out.rows.width);
   }
   static void build(const char* op, const CuSeqlensArgs& args, int64_t Sk, const Tensor&) {
     check_cu_seqlens(op, "cu_q", args.cu_q, args.documents, args.Sq);
@@ -219,7 +222,8 @@ Lists from_topk(const Tensor& indices, int64_t M, int64_t N, int64_t Sq, int64_t
 }
 
 template <class Backend>
-Lists from_interval(const Tensor& lo, const Tensor& hi, int64_t sink, int64_t M, int64_t N, int64_t Sk) {
+Lists from_interval(const Tensor& lo, const Tensor& hi, int64_t sink, int64_t M, int64_t N, int64_t Sk,
+                    std::optional<int64_t> width) {
   const char* op = "layout_from_interval";
   check_int32(op, "lo", lo, 3, "[B', Hm, Sq]");
   check_int32(op, "hi", hi, 3, "[B', Hm, Sq]");
@@ -228,7 +232,9 @@ Lists from_interval(const Tensor& lo, const Tensor& hi, int64_t sink, int64_t M,
   check(sink >= 0, op, "sink must not be negative, got ", sink);
   const Tiling t = make_tiling(op, M, N, lo.size(2), Sk);
   const Tensor lows = as_contiguous(lo), highs = as_contiguous(hi);
-  const NewLists out(op, lows, lo.size(0), lo.size(1), t.q_blocks(), t.k_blocks());
+  check(!width || *width >= 0, op, "width must not be negative, got ", width.value_or(0));
+  const NewLists out(op, lows, lo.size(0), lo.size(1), t.q_blocks(),
+                     std::min(width.value_or(t.k_blocks()), t.k_blocks()));
   const IntervalArgs args = {t, lows.const_data_ptr<int32_t>(), highs.const_data_ptr<int32_t>(), sink};
   Backend::build(op, args, out);
   return out.tuple();
@@ -249,7 +255,7 @@ ListsAndTwo from_cu_seqlens(const Tensor& cu_q, const Tensor& cu_k, int64_t M, i
   const CuSeqlensArgs args = {
       q.const_data_ptr<int32_t>(), k.const_data_ptr<int32_t>(), q.size(0) - 1, Sq, causal, ints(lo), ints(hi)};
   Backend::build(op, args, Sk, lo);
-  const auto [ptr, cnt, nmask, idx] = from_interval<Backend>(lo, hi, 0, M, N, Sk);
+  const auto [ptr, cnt, nmask, idx] = from_interval<Backend>(lo, hi, 0, M, N, Sk, std::nullopt);
   return {ptr, cnt, nmask, idx, lo, hi};
 }
 

@@ -232,6 +232,16 @@ void corrupt() {
   cuda::launch_layout_topk({t, false, d_wild.get(), 3}, got.lists, nullptr);
   compare("topk, corrupt", t, want, got, 0);
 
+  // More tiles than a slot holds: the row is marked, its neighbour is not.
+  const std::vector<int32_t> lo(t.Sq, 0);
+  std::vector<int32_t> hi(t.Sq, 64);
+  hi[3] = 65;
+  const auto d_lo = device(lo), d_hi = device(hi);
+  DeviceLists narrow(HostLists(2, 1, 0, 0));
+  cuda::launch_layout_interval({t, d_lo.get(), d_hi.get(), 0}, narrow.lists, nullptr);
+  const std::vector<int32_t> marked = {-1, 1};
+  expect(narrow.cnt.host() == marked && narrow.idx.host()[1] == 0, "a row that does not fit", t);
+
   const std::vector<int32_t> ptr = {-5, 4, 6, 1 << 30}, cnt = {3, 100, 2, 7}, nmask = {9, -1, 1, 0},
                              idx = {0, 1, 2, -9, 1 << 30, 2, 5, 1};
   const auto d_ptr = device(ptr), d_cnt = device(cnt), d_nmask = device(nmask), d_idx = device(idx);

@@ -8,7 +8,8 @@
 namespace slk::cpu {
 namespace {
 
-// Lists a row's tiles: partial ones, then full ones. Returns the row's slot.
+// Lists a row's tiles: partial ones, then full ones. What does not fit in its slot is counted, not written. Returns the
+// slot.
 int64_t emit_row(const RowLists& out, int64_t r, const std::vector<TileKind>& kinds) {
   const int64_t slot = r * out.width;
   int32_t* idx = out.idx + slot;
@@ -16,7 +17,10 @@ int64_t emit_row(const RowLists& out, int64_t r, const std::vector<TileKind>& ki
   for (const TileKind wanted : {kTilePartial, kTileFull}) {
     if (wanted == kTileFull) out.nmask[r] = count;
     for (size_t j = 0; j < kinds.size(); ++j)
-      if (kinds[j] == wanted) idx[count++] = int32_t(j);
+      if (kinds[j] == wanted) {
+        if (count < out.width) idx[count] = int32_t(j);
+        ++count;
+      }
   }
   out.ptr[r] = int32_t(slot);
   out.cnt[r] = count;

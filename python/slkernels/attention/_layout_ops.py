@@ -41,9 +41,12 @@ def _from_topk_fake(indices, block_m, block_n, sq, sk, causal=False):
     return _rows(indices, batches, heads, q_blocks, torch.sym_min(k, _blocks(sk, block_n)))
 
 
-def _from_interval_fake(lo, hi, sink, block_m, block_n, sk):
+def _from_interval_fake(lo, hi, sink, block_m, block_n, sk, width=None):
     batches, heads, sq = lo.shape
-    return _rows(lo, batches, heads, _blocks(sq, block_m), _blocks(sk, block_n))
+    k_blocks = _blocks(sk, block_n)
+    return _rows(
+        lo, batches, heads, _blocks(sq, block_m), k_blocks if width is None else torch.sym_min(width, k_blocks)
+    )
 
 
 def _from_cu_seqlens_fake(cu_q, cu_k, block_m, block_n, sq, sk, causal=True):
@@ -90,7 +93,8 @@ define(
 )
 define(f"layout_from_topk(Tensor indices, {_TILING}, bool causal=False) -> {_FOUR}", fake=_from_topk_fake)
 define(
-    f"layout_from_interval(Tensor lo, Tensor hi, int sink, int block_m, int block_n, SymInt sk) -> {_FOUR}",
+    f"layout_from_interval(Tensor lo, Tensor hi, int sink, int block_m, int block_n, SymInt sk, SymInt? width=None) "
+    f"-> {_FOUR}",
     fake=_from_interval_fake,
 )
 define(

@@ -52,13 +52,24 @@ class Builders:
 
     @classmethod
     def from_interval(
-        cls, lo: Tensor | None, hi: Tensor, block_m: int, block_n: int, sk: int, sink: int = 0
+        cls,
+        lo: Tensor | None,
+        hi: Tensor,
+        block_m: int,
+        block_n: int,
+        sk: int,
+        sink: int = 0,
+        width: int | None = None,
     ) -> BlockRows:
         """keep(i, j) = j < hi[i] and (j >= lo[i] or j < sink); lo and hi int [B', Hm, sq], lo None is 0. Exactly the
-        tiles that hold a kept pair are listed."""
+        tiles that hold a kept pair are listed.
+
+        width: tiles that no row exceeds, which bounds the memory of long sequences; default all. A row with more is an
+        error on the CPU; on CUDA it keeps nothing (row_cnt -1, which :meth:`check` names).
+        """
         hi = _int32(hi)
         low = torch.zeros_like(hi) if lo is None else _int32(lo)
-        lists = _ops.layout_from_interval(low, hi, sink, block_m, block_n, sk)
+        lists = _ops.layout_from_interval(low, hi, sink, block_m, block_n, sk, width)
         bound = None if lo is None else low
         return cls(*lists, block_m, block_n, hi.shape[2], sk, unit=block_n, lo=bound, hi=hi, sink=sink)
 

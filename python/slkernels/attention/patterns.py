@@ -79,7 +79,13 @@ def a_shape(
         raise ValueError(f"window must be at least 1 and sink at least 0, got {window} and {sink}")
     sk = sq if sk is None else sk
     hi = causal_bound(sq, sk, device)
-    return BlockRows.from_interval((hi - window).clamp(min=0), hi, block_m, block_n, sk, sink)
+    width = _tiles_of(block_m + window - 1, block_n) + -(-sink // block_n)
+    return BlockRows.from_interval((hi - window).clamp(min=0), hi, block_m, block_n, sk, sink, width)
+
+
+def _tiles_of(keys: int, block_n: int) -> int:
+    """Tiles that a run of so many keys can touch."""
+    return (keys - 2) // block_n + 2 if keys > 0 else 0
 
 
 def _from_kinds(kinds: Tensor, bit_id: Tensor, bits: Tensor, hi: Tensor, block_m, block_n, sq, sk) -> BlockRows:
@@ -172,12 +178,20 @@ def lambda_mask(
     have different logits: (local) distances i - j < n_local; (far) the first ``n_global`` keys at larger distances."""
     hi = causal_bound(s, s, device)
     low = (hi - n_local).clamp(min=0)
-    local = BlockRows.from_interval(low, hi, block_m, block_n, s)
-    return local, BlockRows.from_interval(None, low.clamp(max=n_global), block_m, block_n, s)
+    local = BlockRows.from_interval(low, hi, block_m, block_n, s, width=_tiles_of(block_m + n_local - 1, block_n))
+    far = low.clamp(max=n_global)
+    return local, BlockRows.from_interval(None, far, block_m, block_n, s, width=-(-n_global // block_n))
 
 
 def lambda_attention(
-    q: Tensor, k: Tensor, v: Tensor, q_far: Tensor, k_far: Tensor, n_global: int, n_local: int, scale=None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_far: Tensor,
+    k_far: Tensor,
+    n_global: int,
+    n_local: int,
+    scale: float | None = None,
 ) -> Tensor:
     """LM-Infinite attention: two calls, merged by their log-sum-exp.
 
@@ -306,7 +320,9 @@ def chunked_cross(
     1 tokens see none (o = 0)."""
     seen = (torch.arange(sq, dtype=torch.int32, device=device) + 1) // chunk
     hi = (seen * retrieved).view(1, 1, sq)
-    return BlockRows.from_interval((hi - retrieved).clamp(min=0), hi, block_m, block_n, sq // chunk * retrieved)
+    width = _tiles_of((-(-block_m // chunk) + 1) * retrieved, block_n)  # chunks that a block of queries can touch
+    sk = sq // chunk * retrieved
+    return BlockRows.from_interval((hi - retrieved).clamp(min=0), hi, block_m, block_n, sk, width=width)
 
 
 def latent(

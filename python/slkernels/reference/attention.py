@@ -7,6 +7,7 @@ from torch import Tensor
 
 LAYOUT_ARGUMENTS = 19  # row_ptr to t_bit_id
 
+
 def keep_mask(
     queries: int,
     keys: int,
