@@ -67,6 +67,7 @@ for isa in "${isas[@]}"; do
   echo "== tests under ASan and UBSan, ISA: ${isa:-default}"
   SLKERNELS_CPU_ISA=$isa sanitized "$python" -S -m pytest -q -x -p no:cacheprovider \
     -k "$not_here" \
+    tests/test_attention.py tests/test_attention_layout.py tests/test_attention_states.py \
     tests/test_sparse*.py tests/test_lowrank.py tests/test_sl.py tests/test_optim*.py
 done
 echo "run_sanitizers: no findings"

@@ -54,7 +54,7 @@ void attend_panel(const Logits& logits, const QueryPanel& panel, const Tile& til
                   int64_t dk, int64_t dv, float* s) {
   const Range live = tile.partial ? keys_of_panel(tile, panel) : tile.keys;
   if (live.size() <= 0) return;
-  product_rows<NV>(tile.k.from(live.begin - tile.keys.begin), live.size(), q, dk, logits.factor, s);
+  product_rows<NV>(tile.k.from(live.begin - tile.keys.begin), live.size(), q, dk, logits.factor, s, tile.ahead);
   if (logits.cap != 0)
     for (int64_t at = 0; at < live.size() * kPanel; at += kLanes) store(s + at, tanh(load(s + at)) * logits.cap);
   if (tile.partial) mask_queries<NV>(tile, panel, live, -__builtin_inff(), s);

@@ -48,7 +48,7 @@ void query_panel_gradient(const Logits& logits, const QueryPanel& panel, const T
   const Range live = tile.partial ? keys_of_panel(tile, panel) : tile.keys;
   if (live.size() <= 0) return;
   const Rows k = tile.k.from(live.begin - tile.keys.begin), v = tile.v.from(live.begin - tile.keys.begin);
-  product_rows<NV>(k, live.size(), state.q, dk, logits.factor, s);
+  product_rows<NV>(k, live.size(), state.q, dk, logits.factor, s, tile.ahead);
   product_rows<NV>(v, live.size(), state.d_o, dv, 1.f, dp);
   softmax_gradient<NV, true>(logits, state.lse, state.delta, live.size(), s, dp, [&](float* p) {
     if (tile.partial) mask_queries<NV>(tile, panel, live, 0.f, p);
@@ -110,6 +110,7 @@ struct QueryTile {
   Interval interval;
   const uint32_t* bits;  // the bit tile's row of the run's first query, or null
   int64_t words;
+  Ahead* ahead;  // the next run
 };
 
 // kPanel keys or fewer of a block: j0 is the block's first key, `offset` the panel's place in it.
@@ -165,7 +166,7 @@ void key_panel_gradient(const Logits& logits, const KeyPanel& panel, const Query
   const Rows q = tile.q.from(skipped), d_o = tile.d_o.from(skipped);
   float lse[kTileKeys];
   for (int64_t i = 0; i < rows; ++i) lse[i] = finite_lse(tile.lse[skipped + i]);
-  product_rows<NV>(q, rows, state.k, dk, logits.factor, s);
+  product_rows<NV>(q, rows, state.k, dk, logits.factor, s, tile.ahead);
   product_rows<NV>(d_o, rows, state.v, dv, 1.f, dp);
   softmax_gradient<NV, false>(logits, lse, tile.delta + skipped, rows, s, dp, [&](float* p) {
     if (tile.partial) mask_keys<NV>(tile, panel, live, p);
@@ -189,10 +190,21 @@ void for_each_query_tile(const AttentionBackward& b, AttentionItem item, Scratch
     const float *lse = static_cast<const float*>(a.lse) + numbers,
                 *delta = static_cast<const float*>(b.delta) + numbers;
     const int64_t column = mask.list_of(item.batch, h, shape.heads_q, item.block, b.cols.blocks);
-    QueryTile tile = {
-        {}, {}, nullptr, nullptr, {}, false, Interval(mask, item.batch, h, shape.heads_q), nullptr, mask.block_n / 32};
-    for (int64_t n = 0; n < b.cols.cnt[column]; ++n) {
-      const int64_t t = b.cols.ptr[column] + n, i0 = b.cols.idx[t] * mask.block_m;
+    QueryTile tile = {{},
+                      {},
+                      nullptr,
+                      nullptr,
+                      {},
+                      false,
+                      Interval(mask, item.batch, h, shape.heads_q),
+                      nullptr,
+                      mask.block_n / 32,
+                      nullptr};
+    Ahead ahead = {};
+    tile.ahead = &ahead;
+    const int64_t first = b.cols.ptr[column], entries = b.cols.cnt[column];
+    for (int64_t n = 0; n < entries; ++n) {
+      const int64_t t = first + n, i0 = b.cols.idx[t] * mask.block_m;
       const int64_t end = min(i0 + mask.block_m, shape.sq);
       const int32_t bit_id = b.cols.bit_id ? b.cols.bit_id[t] : -1;
       tile.partial = n < b.cols.nmask[column];
@@ -203,6 +215,11 @@ void for_each_query_tile(const AttentionBackward& b, AttentionItem item, Scratch
         tile.lse = lse + i;
         tile.delta = delta + i;
         tile.bits = bit_id < 0 ? nullptr : mask.bits + (bit_id * mask.block_m + i - i0) * tile.words;
+        const int64_t next = tile.queries.end < end ? tile.queries.end
+                             : n + 1 < entries      ? b.cols.idx[t + 1] * mask.block_m
+                                                    : shape.sq;
+        ahead = look_ahead(q, a.q_strides.token, shape.dk, d_o, b.d_o_strides.token, shape.dv, next, shape.sq - next,
+                           mask.block_n);
         use(tile);
       }
     }

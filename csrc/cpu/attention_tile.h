@@ -90,10 +90,29 @@ SLK_INLINE void in_tiles(int64_t count, const Tile& tile) {
   if (i < count) tile(std::integral_constant<int, 1>(), i);
 }
 
+// Fetches the rows of the next tile of two operands into L2, a few at a time between the products of this one: what
+// streams by comes from L3 or memory, and broadcasts of single elements give the hardware little to foresee.
+struct Ahead {
+  const char *first, *second;
+  int64_t first_stride, second_stride, first_bytes, second_bytes;
+  int64_t rows, rows_a_step;
+
+  SLK_INLINE void step() {
+    for (int64_t n = min(rows_a_step, rows); n > 0; --n, --rows) {
+      for (int64_t b = 0; b < first_bytes; b += 64) __builtin_prefetch(first + b, 0, 2);
+      for (int64_t b = 0; b < second_bytes; b += 64) __builtin_prefetch(second + b, 0, 2);
+      first += first_stride;
+      second += second_stride;
+    }
+  }
+};
+
 template <int NV>
-void product_rows(Rows a, int64_t rows, const float* x, int64_t depth, float factor, float* out) {
+void product_rows(Rows a, int64_t rows, const float* x, int64_t depth, float factor, float* out,
+                  Ahead* ahead = nullptr) {
   in_tiles(rows, [&](auto width, int64_t r) {
     product_rows_tile<width, NV>({a.data + r * a.stride, a.stride}, x, depth, factor, out + r * kPanel);
+    if (ahead) ahead->step();
   });
 }
 
@@ -189,6 +208,21 @@ struct Scratch {
   }
 };
 
+// The `rows` rows of two operands [row][features], from `start` on, for a block of `block` lanes.
+template <class T>
+Ahead look_ahead(const T* first, int64_t first_stride, int64_t first_features, const T* second, int64_t second_stride,
+                 int64_t second_features, int64_t start, int64_t rows, int64_t block) {
+  const int64_t size = sizeof(T), steps = ceil_div(block, kPanel) * (kTileKeys / kTileRows);
+  return {reinterpret_cast<const char*>(first + start * first_stride),
+          reinterpret_cast<const char*>(second + start * second_stride),
+          first_stride * size,
+          second_stride * size,
+          first_features * size,
+          second_features * size,
+          min(rows, kTileKeys),
+          ceil_div(kTileKeys, steps)};
+}
+
 // ---- tiles and masks ----------------------------------------------------------------------------------------------
 
 // Logits: factor * q.k, or cap * tanh(factor * q.k).
@@ -226,6 +260,7 @@ struct Tile {
   const uint32_t* bits;     // the entry's bit tile [block_m][words], or null
   int64_t words, first;     // first: the key of the bit tile's column 0
   const int32_t* gathered;  // the keys, where they are gathered columns: then keys.begin is 0; else null
+  Ahead* ahead;             // the next tile
 };
 
 // kPanel queries or fewer of a block: i0 is the block's first query, `offset` the panel's place in it.
@@ -284,10 +319,13 @@ void for_each_tile(const AttentionForward& a, AttentionItem item, Scratch scratc
   const int64_t row = mask.list_of(item.batch, item.head, shape.heads_q, item.block, mask.rows.blocks);
   const T *k = head<T>(a.k, a.k_strides, item.batch, kv), *v = head<T>(a.v, a.v_strides, item.batch, kv);
   float *k_copy = scratch.take(kTileKeys * shape.dk), *v_copy = scratch.take(kTileKeys * shape.dv);
-  Tile tile = {{}, {},     {}, false, Interval(mask, item.batch, item.head, shape.heads_q), nullptr, mask.block_n / 32,
-               0,  nullptr};
-  const int64_t first = mask.rows.ptr[row];
-  for (int64_t n = 0; n < mask.rows.cnt[row]; ++n) {
+  Tile tile = {
+      {}, {},      {},     false, Interval(mask, item.batch, item.head, shape.heads_q), nullptr, mask.block_n / 32,
+      0,  nullptr, nullptr};
+  Ahead ahead = {};
+  tile.ahead = &ahead;
+  const int64_t first = mask.rows.ptr[row], entries = mask.rows.cnt[row];
+  for (int64_t n = 0; n < entries; ++n) {
     tile.partial = n < mask.rows.nmask[row];
     tile.first = mask.rows.idx[first + n] * mask.unit;
     const int32_t bit_id = mask.rows.bit_id ? mask.rows.bit_id[first + n] : -1;
@@ -297,10 +335,16 @@ void for_each_tile(const AttentionForward& a, AttentionItem item, Scratch scratc
       tile.keys = {j, min(j + kTileKeys, end)};
       tile.k = as_rows(k + j * a.k_strides.token, a.k_strides.token, tile.keys.size(), shape.dk, k_copy);
       tile.v = as_rows(v + j * a.v_strides.token, a.v_strides.token, tile.keys.size(), shape.dv, v_copy);
+      const int64_t next = tile.keys.end < end ? tile.keys.end
+                           : n + 1 < entries   ? mask.rows.idx[first + n + 1] * mask.unit
+                                               : shape.sk;
+      ahead = look_ahead(k, a.k_strides.token, shape.dk, v, a.v_strides.token, shape.dv, next, shape.sk - next,
+                         mask.block_m);
       use(tile);
     }
   }
   if (!mask.col_ptr) return;
+  ahead.rows = 0;
   tile.partial = false;
   for (int64_t c = mask.col_ptr[row]; c < mask.col_ptr[row + 1]; c += kTileKeys) {
     tile.keys = {0, min(kTileKeys, mask.col_ptr[row + 1] - c)};

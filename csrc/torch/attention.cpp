@@ -24,17 +24,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   const BlockRows mask = check_layout_tensors(op, in, layout);
   check_rows_inside(op, s, mask);
   const Tensor o = empty_in_order_of(q, s.dv), lse = empty_like_shape(q, {s.batch, s.heads_q, s.sq}, sum_type(s.dtype));
-  const AttentionForward args = {s,
-                                 mask,
-                                 in.q.const_data_ptr(),
-                                 in.k.const_data_ptr(),
-                                 in.v.const_data_ptr(),
-                                 head_strides(in.q),
-                                 head_strides(in.k),
-                                 head_strides(in.v),
-                                 o.mutable_data_ptr(),
-                                 head_strides(o),
-                                 lse.mutable_data_ptr()};
+  const AttentionForward args = forward_arguments(in, mask, o, lse);
   const cpu::AttentionKernels& kernels = attention_kernels_for(s.dtype);
   const int64_t blocks = mask.rows.blocks;
   for_each_item(s.batch * s.heads_q * blocks, kernels.scratch(s, mask),
@@ -69,17 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_o, std::op
                dv = need_kv ? empty_in_order_of(v, s.dv) : none;
   const cpu::AttentionKernels& kernels = attention_kernels_for(s.dtype);
   AttentionBackward args = {};
-  args.forward = {s,
-                  mask,
-                  in.q.const_data_ptr(),
-                  in.k.const_data_ptr(),
-                  in.v.const_data_ptr(),
-                  head_strides(in.q),
-                  head_strides(in.k),
-                  head_strides(in.v),
-                  out.mutable_data_ptr(),
-                  head_strides(out),
-                  sums.mutable_data_ptr()};
+  args.forward = forward_arguments(in, mask, out, sums);
   args.cols = cols;
   args.d_o = go.const_data_ptr();
   args.d_o_strides = head_strides(go);

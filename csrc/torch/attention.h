@@ -45,6 +45,10 @@ void check_has_gradients(const char* op, const BlockRows& mask);
 BlockList check_transposed_lists(const char* op, const AttentionInputs& in, const BlockRows& mask,
                                  LayoutTensors& layout);
 
+// The kernels' view of the arguments: o and lse are written by the forward and read by the backward.
+AttentionForward forward_arguments(const AttentionInputs& in, const BlockRows& mask, const Tensor& o,
+                                   const Tensor& lse);
+
 // A tensor like the result o, of q's dtype; a number for each query, of lse's dtype.
 void check_like_result(const char* op, const char* name, const Tensor& t, const AttentionInputs& in);
 void check_query_numbers(const char* op, const char* name, const Tensor& t, const AttentionInputs& in);

@@ -169,6 +169,21 @@ ScalarType sum_type(DType dtype) {
   return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
 }
 
+AttentionForward forward_arguments(const AttentionInputs& in, const BlockRows& mask, const Tensor& o,
+                                   const Tensor& lse) {
+  return {in.shape,
+          mask,
+          in.q.const_data_ptr(),
+          in.k.const_data_ptr(),
+          in.v.const_data_ptr(),
+          head_strides(in.q),
+          head_strides(in.k),
+          head_strides(in.v),
+          o.mutable_data_ptr(),
+          head_strides(o),
+          lse.mutable_data_ptr()};
+}
+
 void check_like_result(const char* op, const char* name, const Tensor& t, const AttentionInputs& in) {
   const AttentionShape& s = in.shape;
   check(t.dim() == 4 && t.size(0) == s.batch && t.size(1) == s.heads_q && t.size(2) == s.sq && t.size(3) == s.dv, op,
