@@ -1,0 +1,304 @@
+// Attention over a list of tiles, forward, for sm_80 and newer. Contract: slkernels/attention.h. The algorithm is
+// FlashAttention-2's (Dao 2023, algorithm 1): a block of queries stays, tiles of keys pass by, the softmax is rescaled
+// as they come.
+//
+// A block of four warps owns 64 or 128 rows (Stripes); each warp 16 or 32 of them, with their sums, maxima and
+// outputs in registers. Its keys come by the list: kKeys at a time, a whole fraction of an entry. Data flow:
+//
+//   K and V tiles, in turn --cp.async--> ring of 3 slots --ldmatrix--> mma.sync
+//
+//   S = Q K_t^T      |  V_t is under way, and K_(t+1) into the slot that V_(t-1) has left
+//   softmax          |  the same
+//   O += P V_t       |  K_(t+1) is under way, and V_(t+1) into the slot that K_t has left
+//
+// Two barriers a tile: before S (K_t is here, V_(t-1) is read) and before O (V_t is here, K_t is read). What to mask is
+// one uniform branch a tile: a FULL entry inside the sequence runs no instruction of the predicate.
+//
+// Why these sizes:
+//   32 rows a warp   a 16 x 8 piece of K feeds two mma: 64 bytes of shared memory a cycle of the tensor cores, of 128.
+//                    With Dv > 128 the outputs fit 16 rows only.
+//   3 slots          with 64 keys of 128, 48 KB beside the 32 KB of Q: two blocks on an A100's multiprocessor, whose
+//                    softmax and products overlap; one on sm_86. Four slots would leave room for one.
+//   64, 32 keys      S takes 64 registers beside the 128 of O; wider heads halve the keys to stay within 99 KB.
+#pragma once
+
+#include <new>
+
+#include "cuda/attention_sm80.cuh"
+
+namespace slk::cuda {
+
+// The tiles of keys of a row: those of its entries, kKeys at a time, then its single columns, kKeys at a time.
+template <int kKeys>
+struct KeyTiles {
+  int sk, begin, parts_log2, partial, listed, columns_begin, columns_end, count;
+
+  __device__ KeyTiles(const BlockRows& m, int64_t row, int64_t keys) : sk(int(keys)) {
+    const Entries entries(m.rows, row);
+    parts_log2 = m.block_n == kKeys ? 0 : m.block_n == 2 * kKeys ? 1 : 2;
+    begin = entries.begin;
+    partial = (entries.full - begin) << parts_log2;
+    listed = (entries.end - begin) << parts_log2;
+    columns_begin = columns_end = 0;
+    if (m.col_ptr) {
+      const int64_t from = m.col_ptr[row], to = m.col_ptr[row + 1];
+      if (from >= 0 && to <= m.columns && from < to) {
+        columns_begin = int(from);
+        columns_end = int(to);
+      }
+    }
+    count = listed + (columns_end - columns_begin + kKeys - 1) / kKeys;
+  }
+  __device__ int entry(int tile) const { return begin + (tile >> parts_log2); }
+  __device__ int part(int tile) const { return tile & ((1 << parts_log2) - 1); }
+  // The first key of a listed tile, sk where there is none; of a tile of columns, its place in col_idx.
+  __device__ int start(const BlockRows& m, int tile) const {
+    if (tile >= count) return sk;
+    if (tile >= listed) return columns_begin + (tile - listed) * kKeys;
+    const int first = first_key(m.rows.idx[entry(tile)], m.unit, sk);
+    return first < sk ? min(first + part(tile) * kKeys, sk) : sk;
+  }
+  // The key of column `at` of a tile; negative: none.
+  __device__ int key(const BlockRows& m, int tile, int start, int at) const {
+    const int place = start + at;
+    if (tile < listed) return place < sk ? place : -1;
+    if (place >= columns_end) return -1;
+    const int column = m.col_idx[place];
+    return column < sk ? column : -1;
+  }
+  __device__ bool masked(int tile, int start) const { return tile < partial || tile >= listed || start > sk - kKeys; }
+};
+
+// What a block works on. It lies in shared memory and is read from there again wherever it is needed: in registers, it
+// would stand beside the sums all the time.
+template <int kKeys>
+struct ForwardTask {
+  TileRows rows;
+  KeyTiles<kKeys> tiles;
+  __device__ ForwardTask(const AttentionForward& f, const Stripes& stripes, int64_t tile)
+      : rows(f.shape, f.mask, stripes, tile),
+        tiles(f.mask, list_row(f.mask, f.mask.rows.blocks, rows.b, rows.mask_head, rows.block), f.shape.sk) {}
+};
+
+template <int kDk_, int kDv_>
+struct ForwardTile {
+  static constexpr int kDk = kDk_, kDv = kDv_;
+  static constexpr int kMT = kDv <= 128 ? 2 : 1, kRows = kWarps * 16 * kMT;
+  static constexpr int kKeys = kDk <= 128 ? 64 : 32;
+  static constexpr int kSlots = 3, kSlotChunks = kKeys * (kDk > kDv ? kDk : kDv) / 8;
+  static constexpr int kQueryChunks = kRows * kDk / 8;
+  static constexpr int kSharedBytes = 16 * (kQueryChunks + kSlots * kSlotChunks) + sizeof(ForwardTask<kKeys>);
+  static_assert(kSharedBytes <= kMaxShared);
+  static_assert(kDv <= kDk, "O leaves through the rows of Q");
+};
+
+struct ForwardParams {
+  AttentionForward f;
+  Stripes stripes;
+  Scores scores;
+};
+
+// s = -inf where the tile drops (row, key). A thread holds rows lane / 4 + 8 half of each 16, columns 8 n + 2 (lane %
+// 4) and the next. What a row keeps is a bit a key, 32 keys a word: shifted by the lane's own 2 (lane % 4), the bits
+// that the thread looks at are constants.
+template <int kMT, int kKeys>
+__device__ void mask_scores(float (&s)[kMT][kKeys / 8][4], const BlockRows& m, const KeyTiles<kKeys>& tiles,
+                            const TileRows& rows, int tile, int start, int row) {
+  const int lane = threadIdx.x % 32;
+  const bool partial = tile < tiles.partial;
+  const EntryBits bits(m, partial ? m.rows.bit_id : nullptr, partial ? tiles.entry(tile) : 0);
+  const int in_entry = partial ? tiles.part(tile) * kKeys : 0;
+#pragma unroll
+  for (int w = 0; w < kKeys / 32; ++w) {
+    const uint32_t there = __ballot_sync(0xffffffffu, tiles.key(m, tile, start, 32 * w + lane) >= 0 && !bits.skip);
+#pragma unroll
+    for (int i = 0; i < kMT; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int r = row + 16 * i + 8 * half + lane / 4, query = rows.query_of(r);
+        uint32_t keep = there;
+        if (partial && rows.holds(r)) {
+          keep &= Bounds(m, rows.b, rows.mask_head, query).word(start + 32 * w, m.sink);
+          if (bits.words)
+            keep &= bits.words[(query - rows.block * int(m.block_m)) * int(m.block_n / 32) + in_entry / 32 + w];
+        }
+        keep >>= 2 * (lane % 4);
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            if (!(keep & 1u << (8 * n + e))) s[i][4 * w + n][2 * half + e] = -SLK_INFINITY;
+      }
+  }
+}
+
+// Maxima and sums of a thread's rows so far; sums of the thread's own columns only.
+template <int kMT>
+struct Softmax {
+  float top[kMT][2], sum[kMT][2];
+};
+
+// Softcap, and the sign of a negative scale.
+template <int kMT, int kKeys>
+__device__ void transform(float (&s)[kMT][kKeys / 8][4], const Scores& scores) {
+#pragma unroll
+  for (int i = 0; i < kMT; ++i)
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[i][n][e] = scores.transform(s[i][n][e]);
+}
+
+// s becomes p = 2^(logit - maximum), and o is rescaled to the new maximum.
+template <int kMT, int kKeys, int kDv>
+__device__ void update(Softmax<kMT>& state, float (&s)[kMT][kKeys / 8][4], float (&o)[kMT][kDv / 8][4],
+                       const Scores& scores) {
+#pragma unroll
+  for (int i = 0; i < kMT; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float top = state.top[i][half];
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) top = fmaxf(top, fmaxf(s[i][n][2 * half], s[i][n][2 * half + 1]));
+      top = row_max(top);
+      // A row that has kept nothing yet: its p are 2^(-inf - 0) = 0.
+      const float base = top == -SLK_INFINITY ? 0.f : top * scores.to_log2;
+      const float rescale = ptx::exp2_approx(state.top[i][half] * scores.to_log2 - base);
+      state.top[i][half] = top;
+      float sum = 0;
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; ++e) {
+          s[i][n][e] = ptx::exp2_approx(s[i][n][e] * scores.to_log2 - base);
+          sum += s[i][n][e];
+        }
+      state.sum[i][half] = state.sum[i][half] * rescale + sum;
+#pragma unroll
+      for (int n = 0; n < kDv / 8; ++n) {
+        o[i][n][2 * half] *= rescale;
+        o[i][n][2 * half + 1] *= rescale;
+      }
+    }
+}
+
+template <class T, class Tile>
+__global__ void __launch_bounds__(kThreads) attention_forward_sm80_kernel(const __grid_constant__ ForwardParams p) {
+  constexpr int kMT = Tile::kMT, kKeys = Tile::kKeys, kDk = Tile::kDk, kDv = Tile::kDv;
+  const AttentionForward& f = p.f;
+  const BlockRows& m = f.mask;
+  uint4* q_tile = dynamic_shared<uint4>();
+  uint4* ring = q_tile + Tile::kQueryChunks;
+  auto& task = *reinterpret_cast<ForwardTask<kKeys>*>(ring + Tile::kSlots * Tile::kSlotChunks);
+  if (threadIdx.x == 0) new (&task) ForwardTask<kKeys>(f, p.stripes, blockIdx.x);
+  __syncthreads();
+  const TileRows& rows = task.rows;
+  const KeyTiles<kKeys>& tiles = task.tiles;
+  const int lane = threadIdx.x % 32, row = int(threadIdx.x) / 32 * 16 * kMT;
+
+  const auto load = [&](int slot, const void* base, const HeadStrides& strides, auto width, int64_t d, int tile,
+                        int start) {
+    const T* from = at_head<T>(base, strides, rows.b, rows.kv_head);
+    copy_rows<kKeys, decltype(width)::value>(ring + slot * Tile::kSlotChunks, from, d, [&](int r) {
+      const int key = tiles.key(m, tile, start, r);
+      return key < 0 ? int64_t(-1) : key * strides.token;
+    });
+  };
+  const auto load_k = [&](int slot, int tile, int start) {
+    load(slot, f.k, f.k_strides, std::integral_constant<int, kDk>(), f.shape.dk, tile, start);
+    ptx::commit_group();
+  };
+  const auto load_v = [&](int slot, int tile, int start) {
+    load(slot, f.v, f.v_strides, std::integral_constant<int, kDv>(), f.shape.dv, tile, start);
+    ptx::commit_group();
+  };
+
+  float o[kMT][kDv / 8][4] = {};
+  Softmax<kMT> state;
+#pragma unroll
+  for (int i = 0; i < kMT; ++i)
+    for (int half = 0; half < 2; ++half) {
+      state.top[i][half] = -SLK_INFINITY;
+      state.sum[i][half] = 0;
+    }
+
+  if (tiles.count > 0) {
+    const T* q = at_head<T>(f.q, f.q_strides, rows.b, 0);
+    copy_rows<Tile::kRows, kDk>(q_tile, q, f.shape.dk, [&](int r) {
+      return rows.holds(r) ? rows.head_of(r) * f.q_strides.head + rows.query_of(r) * f.q_strides.token : int64_t(-1);
+    });
+    int k_slot = 0, v_slot = 1, free_slot = 2;
+    int start = tiles.start(m, 0), next = tiles.start(m, 1);
+    load_k(k_slot, 0, start);
+    load_v(v_slot, 0, start);
+    for (int t = 0; t < tiles.count; ++t) {
+      ptx::wait_group<1>();  // K_t, of this thread; V_t may be under way
+      __syncthreads();       // K_t of everybody, and everybody has read V_(t-1)
+      if (t + 1 < tiles.count)
+        load_k(free_slot, t + 1, next);
+      else
+        ptx::commit_group();
+      const int after = tiles.start(m, t + 2);  // a tile ahead of its use: the read takes as long as a product
+      float s[kMT][kKeys / 8][4] = {};
+      multiply_abt<T, kMT, kKeys, kDk>(s, q_tile, row, ring + k_slot * Tile::kSlotChunks);
+      if (!p.scores.plain()) transform<kMT, kKeys>(s, p.scores);
+      if (tiles.masked(t, start)) mask_scores(s, m, tiles, rows, t, start, row);
+      update<kMT, kKeys, kDv>(state, s, o, p.scores);
+      uint32_t probabilities[kMT][kKeys / 16][4];
+      pack_a<T, kMT, kKeys>(probabilities, s);
+
+      ptx::wait_group<1>();  // V_t
+      __syncthreads();       // of everybody, and everybody has read K_t
+      if (t + 1 < tiles.count)
+        load_v(k_slot, t + 1, next);
+      else
+        ptx::commit_group();
+      multiply_ab<T, kMT, kKeys, kDv>(o, probabilities, ring + v_slot * Tile::kSlotChunks);
+
+      const int left = v_slot;
+      v_slot = k_slot;
+      k_slot = free_slot;
+      free_slot = left;
+      start = next;
+      next = after;
+    }
+    ptx::wait_all();
+  }
+
+#pragma unroll
+  for (int i = 0; i < kMT; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = row + 16 * i + 8 * half + lane / 4;
+      const float sum = row_sum(state.sum[i][half]);
+      state.sum[i][half] = sum > 0 ? 1.f / sum : 0.f;
+      if (lane % 4 == 0 && rows.holds(r))
+        static_cast<float*>(f.lse)[(rows.b * f.shape.heads_q + rows.head_of(r)) * f.shape.sq + rows.query_of(r)] =
+            sum > 0 ? state.top[i][half] * p.scores.to_log2 * kLn2 + logf(sum) : -SLK_INFINITY;
+    }
+  store_rows<T, kMT, kDv, kDk>(
+      q_tile, row, o, f.shape.dv, [&](int i, int half) { return state.sum[i][half]; },
+      [&](int r) -> T* {
+        if (!rows.holds(r)) return nullptr;
+        return static_cast<T*>(f.o) + rows.b * f.o_strides.batch + rows.head_of(r) * f.o_strides.head +
+               rows.query_of(r) * f.o_strides.token;
+      });
+}
+
+template <class T>
+cudaError_t launch_attention_forward_sm80(const AttentionForward& f, cudaStream_t stream) {
+  return for_head_size(f.shape, [&](auto size) {
+    using Tile = ForwardTile<decltype(size)::kDk, decltype(size)::kDv>;
+    const ForwardParams p = {f, Stripes(f.shape, f.mask, Tile::kRows), Scores(f.shape)};
+    if (p.stripes.tiles > INT32_MAX) return cudaErrorInvalidValue;
+    const auto kernel = attention_forward_sm80_kernel<T, Tile>;
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
+    if (error != cudaSuccess) return error;
+    return launch(kernel, dim3(unsigned(p.stripes.tiles)), dim3(kThreads), Tile::kSharedBytes, stream, p);
+  });
+}
+extern template cudaError_t launch_attention_forward_sm80<__nv_bfloat16>(const AttentionForward&, cudaStream_t);
+extern template cudaError_t launch_attention_forward_sm80<__half>(const AttentionForward&, cudaStream_t);
+
+}  // namespace slk::cuda
