@@ -83,16 +83,17 @@ __device__ void pack_a(uint32_t (&a)[kMT][kK / 16][4], const float (&p)[kMT][kK 
       }
 }
 
-// d[row, :] += A[row, :] B[:, 0 .. kD) for A in registers and the kK rows of B.
-template <class T, int kMT, int kK, int kD>
-__device__ void multiply_ab(float (&d)[kMT][kD / 8][4], const uint32_t (&a)[kMT][kK / 16][4], const uint4* b_tile) {
+// d[row, :] += A[row, :] B[:, first .. first + kColumns) for A in registers and the kK rows of B, of kD elements.
+template <class T, int kMT, int kK, int kD, int kColumns>
+__device__ void multiply_ab(float (&d)[kMT][kColumns / 8][4], const uint32_t (&a)[kMT][kK / 16][4], const uint4* b_tile,
+                            int first = 0) {
   const int lane = ptx::opaque(threadIdx.x % 32);
 #pragma unroll
   for (int step = 0; step < kK / 16; ++step)
 #pragma unroll
-    for (int n = 0; n < kD / 8; n += 2) {
+    for (int n = 0; n < kColumns / 8; n += 2) {
       uint32_t pair[4];
-      ptx::ldmatrix_x4_trans(pair, &b_tile[swizzled<kD>(16 * step + lane % 16, n + lane / 16)]);
+      ptx::ldmatrix_x4_trans(pair, &b_tile[swizzled<kD>(16 * step + lane % 16, first / 8 + n + lane / 16)]);
       const uint32_t b[2][2] = {{pair[0], pair[1]}, {pair[2], pair[3]}};
 #pragma unroll
       for (int m = 0; m < kMT; ++m) {

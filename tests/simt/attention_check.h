@@ -360,4 +360,97 @@ inline bool run_forward(Forward launch, const Case& c) {
   return errors.none();
 }
 
+using Backward = cudaError_t (*)(const AttentionBackward&, cudaStream_t);
+
+// The kernel gets o rounded to the dtype and lse in fp32, as the forward leaves them; so does the reference. Bounds: p,
+// ds and the results are rounded once each.
+inline bool run_backward(Backward launch, const Case& c) {
+  Problem p(c);
+  Errors errors(c.name);
+  Tensor4 d_o(c.batch, c.heads_q, c.sq, c.dv, c.tokens_first, c.dtype);
+  Tensor4 dq(c.batch, c.heads_q, c.sq, c.dk, c.tokens_first, c.dtype);
+  Tensor4 dk(c.batch, c.heads_kv, c.sk, c.dk, c.tokens_first, c.dtype);
+  Tensor4 dv(c.batch, c.heads_kv, c.sk, c.dv, c.tokens_first, c.dtype);
+  simt::Buffer<float> dlse(p.lse.size()), delta(p.lse.size());
+  d_o.fill(p.random);
+  std::normal_distribution<float> normal;
+  for (size_t i = 0; i < dlse.size(); ++i) dlse[i] = normal(p.random);
+
+  using Sums = std::vector<double>;
+  const auto zeros = [](const Tensor4& t) { return Sums(t.data->size()); };
+  Sums want_q = zeros(dq), want_k = zeros(dk), want_v = zeros(dv), size_q = want_q, size_k = want_k, size_v = want_v;
+  Sums s, slope;
+  const auto add = [](Sums& want, Sums& size, int64_t at, double term, double magnitude) {
+    want[at] += term;
+    size[at] += magnitude;
+  };
+  for (int64_t b = 0; b < c.batch; ++b)
+    for (int64_t h = 0; h < c.heads_q; ++h)
+      for (int64_t i = 0; i < c.sq; ++i) {
+        const int64_t row = (b * c.heads_q + h) * c.sq + i, kv = p.kv_head(h);
+        p.logits(b, h, i, s, slope);
+        const double lse = Problem::log_sum(s);
+        p.lse[row] = float(lse);
+        double row_delta = c.dlse ? -dlse[row] : 0;
+        for (int64_t d = 0; d < c.dv; ++d) {
+          double sum = 0;
+          for (int64_t j = 0; j < c.sk; ++j)
+            if (s[j] != -INFINITY) sum += std::exp(s[j] - lse) * p.v(b, kv, j, d);
+          p.o.set(b, h, i, d, sum);
+          row_delta += p.o(b, h, i, d) * d_o(b, h, i, d);
+        }
+        for (int64_t j = 0; j < c.sk; ++j) {
+          if (s[j] == -INFINITY) continue;
+          const double prob = std::exp(s[j] - p.lse[row]);
+          double dp = 0, dp_size = 0;
+          for (int64_t d = 0; d < c.dv; ++d) {
+            const double g = d_o(b, h, i, d), term = g * p.v(b, kv, j, d);
+            dp += term;
+            dp_size += std::fabs(term);
+            add(want_v, size_v, dv.at(b, kv, j, d), prob * g, std::fabs(prob * g));
+          }
+          const double ds = c.scale * slope[j] * prob * (dp - row_delta);
+          // Beside ds' own rounding, the fp32 sums in it: 2^-24 of its terms each, which cancel.
+          const double ds_size =
+              std::fabs(ds) + std::fabs(c.scale) * prob * (dp_size + std::fabs(row_delta)) * 1e-5 / p.rounding();
+          for (int64_t d = 0; d < c.dk; ++d) {
+            const double query = p.q(b, h, i, d), key = p.k(b, kv, j, d);
+            add(want_q, size_q, dq.at(b, h, i, d), ds * key, ds_size * std::fabs(key));
+            add(want_k, size_k, dk.at(b, kv, j, d), ds * query, ds_size * std::fabs(query));
+          }
+        }
+      }
+
+  AttentionBackward g = {};
+  g.forward = p.forward();
+  g.cols = p.layout.cols;
+  g.d_o = d_o.get();
+  g.d_o_strides = d_o.strides;
+  g.dlse = c.dlse ? dlse.get() : nullptr;
+  g.delta = delta.get();
+  g.dq = dq.get();
+  g.dk = dk.get();
+  g.dv = dv.get();
+  g.dq_strides = dq.strides;
+  g.dk_strides = dk.strides;
+  g.dv_strides = dv.strides;
+  const cudaError_t error = launch(g, nullptr);
+  if (error != cudaSuccess) {
+    std::printf("FAIL %s: error %d\n", c.name, int(error));
+    return false;
+  }
+  const auto compare = [&](const char* what, const Tensor4& got, const Sums& want, const Sums& size) {
+    got.for_each([&](int64_t b, int64_t h, int64_t i, int64_t d) {
+      const int64_t at = got.at(b, h, i, d);
+      errors.expect(what, b, h, i, d, got(b, h, i, d), want[at],
+                    1.01 * p.rounding() * (size[at] + std::fabs(want[at])) + 1e-7);
+    });
+    errors.expect_gaps(what, got);
+  };
+  compare("dq", dq, want_q, size_q);
+  compare("dk", dk, want_k, size_k);
+  compare("dv", dv, want_v, size_v);
+  return errors.none();
+}
+
 }  // namespace attention_check
