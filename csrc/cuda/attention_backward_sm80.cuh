@@ -31,6 +31,68 @@ struct BackwardParams {
   Stripes stripes;  // of dq's tiles
 };
 
+// A tile of queries that looks at the block's keys.
+struct QueryTile {
+  int head, query;  // the first; at or beyond Sq where a corrupt list names none
+  int entry, part;  // part of the entry's queries
+  bool partial, valid;
+};
+
+// What a block of dk and dv works on, in shared memory for the reason of RowTask, and its walk over the tiles of
+// queries: head by head of the group, entry by entry of the column, kQueries at a time. One thread walks. A tile is
+// described while the one before is loaded and the one before that multiplied: three descriptions. The index of an
+// entry is read when the walk comes to it and used when its first tile is described, a tile later; the thread keeps it
+// in between.
+struct ColumnTask {
+  int b, kv_head, first, block;  // first key, column of the mask
+  QueryTile tiles[3];
+
+  __device__ ColumnTask(const BackwardParams& p, int64_t key_tile, int keys) {
+    const AttentionShape& s = p.b.forward.shape;
+    const int64_t key_tiles = ceil_div(s.sk, keys);
+    first = int(key_tile % key_tiles) * keys;
+    block = first / int(p.b.forward.mask.block_n);
+    kv_head = int(key_tile / key_tiles % s.heads_kv);
+    b = int(key_tile / key_tiles / s.heads_kv);
+    head_ = kv_head * int(s.heads_q / s.heads_kv);
+    head_end_ = head_ + int(s.heads_q / s.heads_kv);
+  }
+  // The first index of the first head at or behind the walk's that has entries.
+  __device__ int begin_head(const BackwardParams& p) {
+    const BlockRows& m = p.b.forward.mask;
+    for (; head_ < head_end_; ++head_) {
+      const int mask_head = head_ / int(p.b.forward.shape.heads_q / m.heads);
+      const Entries entries(p.b.cols, list_row(m, p.b.cols.blocks, b, mask_head, block));
+      if (entries.begin == entries.end) continue;
+      entry_ = entries.begin;
+      full_ = entries.full;
+      end_ = entries.end;
+      part_ = 0;
+      return p.b.cols.idx[entry_];
+    }
+    return 0;
+  }
+  // Describes the tile that the walk stands on, whose entry has this index; returns that of the next.
+  __device__ int describe(const BackwardParams& p, int queries, int index, QueryTile& tile) {
+    const AttentionForward& f = p.b.forward;
+    tile.valid = head_ < head_end_;
+    if (!tile.valid) return 0;
+    tile.head = head_;
+    tile.query = first_key(index, f.mask.block_m, int(f.shape.sq)) + part_ * queries;
+    tile.entry = entry_;
+    tile.part = part_;
+    tile.partial = entry_ < full_;
+    if (++part_ * queries < f.mask.block_m) return index;
+    part_ = 0;
+    if (++entry_ < end_) return p.b.cols.idx[entry_];
+    ++head_;
+    return begin_head(p);
+  }
+
+ private:
+  int head_, head_end_, entry_, full_, end_, part_;
+};
+
 template <int kDk_, int kDv_>
 struct BackwardTile {
   static constexpr int kDk = kDk_, kDv = kDv_;
@@ -40,8 +102,9 @@ struct BackwardTile {
   static constexpr int kDvChunks = kPass * kDk / 8;  // where, in a stage, the tile of kDv elements a row begins
   // lse and delta of a stage.
   static constexpr int kSharedBytes =
-      16 * (kStayChunks + kStages * kStageChunks) + kStages * kPass * 8 + int(sizeof(RowTask<kPass>));
+      16 * (kStayChunks + kStages * kStageChunks) + kStages * kPass * 8 + int(sizeof(ColumnTask));
   static_assert(kSharedBytes <= kMaxShared);
+  static_assert(sizeof(RowTask<kPass>) <= sizeof(ColumnTask));
 };
 
 // What a dropped row, whose lse is -inf, and the exponent of all others take: p = 2^(logit - this).
@@ -78,51 +141,11 @@ __global__ void __launch_bounds__(kDeltaRows * 32) attention_delta_kernel(const 
   if (threadIdx.x % 32 == 0) static_cast<float*>(p.b.delta)[row] = sum - (dlse ? dlse[row] : 0.f);
 }
 
-// p = exp(s - lse) for raw products s, in place, and `slope`, the derivative of the transform, where it is not 1.
 __device__ inline float probability(float s, float lse_log2, const Scores& scores) {
   return ptx::exp2_approx(s * scores.to_log2 - lse_log2);
 }
 
 // ---- dk, dv
-
-// The tiles of queries that look at a tile of keys: head by head of the group, entry by entry of the column, kQueries
-// at a time.
-template <int kQueries>
-struct QueryTiles {
-  int head, head_end, entry, full, end, part, query;  // query: the tile's first, at or beyond Sq if it is to be skipped
-
-  __device__ bool valid() const { return head < head_end; }
-  __device__ void begin_head(const BackwardParams& p, int b, int block) {
-    const BlockRows& m = p.b.forward.mask;
-    for (; head < head_end; ++head) {
-      const int mask_head = head / int(p.b.forward.shape.heads_q / m.heads);
-      const Entries entries(p.b.cols, list_row(m, p.b.cols.blocks, b, mask_head, block));
-      entry = entries.begin;
-      full = entries.full;
-      end = entries.end;
-      part = 0;
-      if (entry < end) break;
-    }
-    if (valid()) find_query(p);
-  }
-  __device__ void find_query(const BackwardParams& p) {
-    const AttentionForward& f = p.b.forward;
-    const int sq = int(f.shape.sq), first = first_key(p.b.cols.idx[entry], f.mask.block_m, sq);
-    query = first + part * kQueries;
-  }
-  __device__ void next(const BackwardParams& p, int b, int block) {
-    if (++part * kQueries == p.b.forward.mask.block_m) {
-      part = 0;
-      ++entry;
-    }
-    if (entry < end) {
-      find_query(p);
-    } else {
-      ++head;
-      begin_head(p, b, block);
-    }
-  }
-};
 
 template <class T, class Tile>
 __global__ void __launch_bounds__(kThreads) attention_dkdv_sm80_kernel(const __grid_constant__ BackwardParams p) {
@@ -134,24 +157,26 @@ __global__ void __launch_bounds__(kThreads) attention_dkdv_sm80_kernel(const __g
   uint4* v_tile = k_tile + kKeys * kDk / 8;
   uint4* stages = v_tile + kKeys * kDv / 8;
   float* row_values = reinterpret_cast<float*>(stages + Tile::kStages * Tile::kStageChunks);  // lse, delta a stage
-  const int lane = threadIdx.x % 32, row = int(threadIdx.x) / 32 * 16;
-
-  const int key_tiles = int(ceil_div(f.shape.sk, kKeys));
-  const int half = int(blockIdx.x) % Tile::kHalves, key_tile = int(blockIdx.x) / Tile::kHalves % key_tiles;
-  const int rest = int(blockIdx.x) / Tile::kHalves / key_tiles;
-  const int kv_head = rest % int(f.shape.heads_kv), b = rest / int(f.shape.heads_kv);
-  const int first = key_tile * kKeys, sk = int(f.shape.sk), sq = int(f.shape.sq);
-  const int block = first / int(m.block_n), in_entry = first % int(m.block_n);
+  auto& task = *reinterpret_cast<ColumnTask*>(row_values + Tile::kStages * 2 * kQueries);
+  const int half = int(blockIdx.x) % Tile::kHalves, sk = int(f.shape.sk), sq = int(f.shape.sq);
+  int index = 0;
+  if (threadIdx.x == 0) {
+    new (&task) ColumnTask(p, blockIdx.x / Tile::kHalves, kKeys);
+    index = task.begin_head(p);
+    index = task.describe(p, kQueries, index, task.tiles[0]);
+    index = task.describe(p, kQueries, index, task.tiles[1]);
+  }
+  __syncthreads();
 
   const auto load_keys = [&](uint4* tile, const void* base, const HeadStrides& strides, auto width, int64_t d) {
-    copy_rows<kKeys, decltype(width)::value>(tile, at_head<T>(base, strides, b, kv_head), d, [&](int r) {
-      return first + r < sk ? (first + r) * strides.token : int64_t(-1);
+    copy_rows<kKeys, decltype(width)::value>(tile, at_head<T>(base, strides, task.b, task.kv_head), d, [&](int r) {
+      return task.first + r < sk ? (task.first + r) * strides.token : int64_t(-1);
     });
   };
-  const auto load_queries = [&](int stage, const QueryTiles<kQueries>& at) {
+  const auto load_queries = [&](int stage, const QueryTile& at) {
     uint4* tile = stages + stage * Tile::kStageChunks;
     const auto load = [&](uint4* to, const void* base, const HeadStrides& strides, auto width, int64_t d) {
-      copy_rows<kQueries, decltype(width)::value>(to, at_head<T>(base, strides, b, at.head), d, [&](int r) {
+      copy_rows<kQueries, decltype(width)::value>(to, at_head<T>(base, strides, task.b, at.head), d, [&](int r) {
         return at.query + r < sq ? (at.query + r) * strides.token : int64_t(-1);
       });
     };
@@ -161,39 +186,37 @@ __global__ void __launch_bounds__(kThreads) attention_dkdv_sm80_kernel(const __g
     if (which < 2) {
       const auto* values = static_cast<const float*>(which ? p.b.delta : f.lse);
       const bool inside = at.query + r < sq;
-      const int64_t from = (b * f.shape.heads_q + at.head) * f.shape.sq + at.query + r;
+      const int64_t from = (task.b * f.shape.heads_q + at.head) * f.shape.sq + at.query + r;
       ptx::cp_async_4(&row_values[(2 * stage + which) * kQueries + r], values + (inside ? from : 0), inside ? 4 : 0);
     }
     ptx::commit_group();
   };
 
-  QueryTiles<kQueries> at;
-  at.head = kv_head * int(f.shape.heads_q / f.shape.heads_kv);
-  at.head_end = at.head + int(f.shape.heads_q / f.shape.heads_kv);
-  at.begin_head(p, b, block);
-
+  const int row = int(threadIdx.x) / 32 * 16;
   float dk[1][kColumnsK / 8][4] = {}, dv[1][kColumnsV / 8][4] = {};
-  if (at.valid()) {
+  if (task.tiles[0].valid) {
     load_keys(k_tile, f.k, f.k_strides, std::integral_constant<int, kDk>(), f.shape.dk);
     load_keys(v_tile, f.v, f.v_strides, std::integral_constant<int, kDv>(), f.shape.dv);
-    load_queries(0, at);
+    load_queries(0, task.tiles[0]);
   }
   int stage = 0;
-  while (at.valid()) {
-    const QueryTiles<kQueries> now = at;
-    at.next(p, b, block);
+  for (int t = 0; task.tiles[t % 3].valid; ++t) {
+    const QueryTile &now = task.tiles[t % 3], &next = task.tiles[(t + 1) % 3];
     ptx::wait_group<0>();
     __syncthreads();  // this stage is here, and everybody has read the other
-    if (Tile::kStages == 2 && at.valid()) load_queries(stage ^ 1, at);
+    if (threadIdx.x == 0) index = task.describe(p, kQueries, index, task.tiles[(t + 2) % 3]);
+    if (Tile::kStages == 2 && next.valid) load_queries(stage ^ 1, next);
     const uint4 *q_tile = stages + stage * Tile::kStageChunks, *do_tile = q_tile + Tile::kDvChunks;
     const float *lse = row_values + 2 * stage * kQueries, *delta = lse + kQueries;
 
     float s[1][kQueries / 8][4] = {}, ds[1][kQueries / 8][4] = {};
     multiply_abt<T, 1, kQueries, kDk>(s, k_tile, row, q_tile);
     multiply_abt<T, 1, kQueries, kDv>(ds, v_tile, row, do_tile);
-    const bool partial = now.entry < now.full;
+    const bool partial = now.partial;
     const EntryBits bits(m, partial ? p.b.cols.bit_id : nullptr, now.entry);
-    const int bit = in_entry + row + lane / 4;  // of the thread's first key, in the entry; the second is 8 further
+    const int lane = ptx::opaque(threadIdx.x % 32), row = ptx::opaque(threadIdx.x) / 32 * 16;
+    const int bit = task.first % int(m.block_n) + row +
+                    lane / 4;  // of the thread's first key, in the entry; the second is 8 further
 #pragma unroll
     for (int n = 0; n < kQueries / 8; ++n)
 #pragma unroll
@@ -203,7 +226,7 @@ __global__ void __launch_bounds__(kThreads) attention_dkdv_sm80_kernel(const __g
         uint32_t keep = bits.skip ? 0 : ~0u;  // bit i: the thread's first key + i
         if (partial && now.query + r < sq) {
           const int mask_head = now.head / int(f.shape.heads_q / m.heads);
-          keep &= Bounds(m, b, mask_head, now.query + r).word(first + row + lane / 4, m.sink);
+          keep &= Bounds(m, task.b, mask_head, now.query + r).word(task.first + row + lane / 4, m.sink);
           if (bits.words) keep &= bits.words[(now.part * kQueries + r) * int(m.block_n / 32) + bit / 32] >> bit % 32;
         }
 #pragma unroll
@@ -225,14 +248,15 @@ __global__ void __launch_bounds__(kThreads) attention_dkdv_sm80_kernel(const __g
     multiply_ab<T, 1, kQueries, kDk, kColumnsK>(dk, operand, q_tile, half * kColumnsK);
     if (Tile::kStages == 1) {
       __syncthreads();
-      if (at.valid()) load_queries(0, at);
+      if (next.valid) load_queries(0, next);
     } else {
       stage ^= 1;
     }
   }
 
   const auto rows_of = [&](void* base, const HeadStrides& strides, int column) {
-    T* to = static_cast<T*>(base) + b * strides.batch + kv_head * strides.head + column;
+    T* to = static_cast<T*>(base) + task.b * strides.batch + task.kv_head * strides.head + column;
+    const int first = task.first;
     return [=](int r) { return first + r < sk ? to + (first + r) * strides.token : nullptr; };
   };
   const float scale = float(f.shape.scale);

@@ -128,20 +128,22 @@ __global__ void __launch_bounds__(kThreads) attention_forward_sm80_kernel(const 
     copy_rows<Tile::kRows, kDk>(q_tile, q, f.shape.dk, [&](int r) {
       return rows.holds(r) ? rows.head_of(r) * f.q_strides.head + rows.query_of(r) * f.q_strides.token : int64_t(-1);
     });
-    int k_slot = 0, v_slot = 1, free_slot = 2;
+
+    int slot = 0;  // of K_t; V_t and K_(t+1) follow
+    const auto after_slot = [](int at, int by) { return at + by < Tile::kSlots ? at + by : at + by - Tile::kSlots; };
     int start = tiles.start(m, 0), next = tiles.start(m, 1);
-    load_k(k_slot, 0, start);
-    load_v(v_slot, 0, start);
+    load_k(0, 0, start);
+    load_v(1, 0, start);
     for (int t = 0; t < tiles.count; ++t) {
       ptx::wait_group<1>();  // K_t, of this thread; V_t may be under way
       __syncthreads();       // K_t of everybody, and everybody has read V_(t-1)
       if (t + 1 < tiles.count)
-        load_k(free_slot, t + 1, next);
+        load_k(after_slot(slot, 2), t + 1, next);
       else
         ptx::commit_group();
       const int after = tiles.start(m, t + 2);  // a tile ahead of its use: the read takes as long as a product
       float s[kMT][kKeys / 8][4] = {};
-      multiply_abt<T, kMT, kKeys, kDk>(s, q_tile, row, ring + k_slot * Tile::kSlotChunks);
+      multiply_abt<T, kMT, kKeys, kDk>(s, q_tile, row, ring + slot * Tile::kSlotChunks);
       if (!p.scores.plain()) transform<kMT, kKeys>(s, p.scores);
       if (tiles.masked(t, start)) mask_scores(s, m, tiles, rows, t, start, row);
       update<kMT, kKeys, kDv>(state, s, o, p.scores);
@@ -151,15 +153,12 @@ __global__ void __launch_bounds__(kThreads) attention_forward_sm80_kernel(const 
       ptx::wait_group<1>();  // V_t
       __syncthreads();       // of everybody, and everybody has read K_t
       if (t + 1 < tiles.count)
-        load_v(k_slot, t + 1, next);
+        load_v(slot, t + 1, next);
       else
         ptx::commit_group();
-      multiply_ab<T, kMT, kKeys, kDv, kDv>(o, probabilities, ring + v_slot * Tile::kSlotChunks);
+      multiply_ab<T, kMT, kKeys, kDv, kDv>(o, probabilities, ring + after_slot(slot, 1) * Tile::kSlotChunks);
 
-      const int left = v_slot;
-      v_slot = k_slot;
-      k_slot = free_slot;
-      free_slot = left;
+      slot = slot == 0 ? 2 : slot - 1;  // two tiles further in the ring
       start = next;
       next = after;
     }
