@@ -60,22 +60,24 @@ struct Element<__half> {
 // A raw product q . k becomes a logit in base 2: logit = `to_log2` * transform(product). Without softcap the transform
 // is the identity, so that one multiplication serves scale, base and the maximum's shift together.
 struct Scores {
-  float to_log2;  // > 0
-  float inner;    // softcap: transform(x) = tanh(inner x); else its sign says whether transform(x) = -x
+  float to_log2;   // > 0
+  float exponent;  // softcap: transform(x) = tanh(x scale / softcap) = 1 - 2 / (1 + 2^(exponent x))
+  bool negative;   // else: transform(x) = -x
   bool capped;
 
   // scale = 0 is a cap of 1 on products of 0: all logits are 0, and -inf stays -inf.
   explicit Scores(const AttentionShape& shape) : capped(shape.softcap > 0 || shape.scale == 0) {
     const double cap = shape.softcap > 0 ? shape.softcap : 1;
-    inner = float(capped ? shape.scale / cap : shape.scale);
-    to_log2 = kLog2e * float(capped ? cap : shape.scale < 0 ? -shape.scale : shape.scale);
+    exponent = float(2 * 1.4426950408889634 * shape.scale / cap);
+    negative = !capped && shape.scale < 0;
+    to_log2 = kLog2e * float(capped ? cap : negative ? -shape.scale : shape.scale);
   }
-  // 1 - 2 / (1 + e^2x): absolute error 1e-7, which is softcap * 1e-7 in the logit.
-  __device__ float tanh_of(float x) const {
-    return 1.f - 2.f * ptx::reciprocal_approx(1.f + ptx::exp2_approx(2.f * kLog2e * inner * x));
+  __host__ __device__ bool plain() const { return !capped && !negative; }
+  // Its absolute error of 1e-7 is softcap * 1e-7 in the logit.
+  __device__ float transform(float x) const {
+    if (!capped) return -x;
+    return 1.f - 2.f * ptx::reciprocal_approx(1.f + ptx::exp2_approx(exponent * x));
   }
-  __device__ bool plain() const { return !capped && inner >= 0; }
-  __device__ float transform(float x) const { return capped ? tanh_of(x) : -x; }
 };
 
 // ---- rows
@@ -89,11 +91,11 @@ struct Stripes {
   int tiles_a_block;  // tiles that a row of the mask takes
   int64_t tiles;      // in all
 
-  Stripes(const AttentionShape& s, const BlockRows& m, int tile_rows) {
+  Stripes(const AttentionShape& s, const BlockRows& m, int tile_rows, int least_rows = 1) {
     const int64_t group = s.heads_q / s.heads_kv;
     const bool shared = group > 1 && m.heads != s.heads_q;
     int64_t rows = m.block_m < tile_rows ? m.block_m : tile_rows;
-    while (shared && rows / 2 >= s.sq && rows > 1 && tile_rows / rows < group) rows /= 2;
+    while (shared && rows / 2 >= s.sq && rows > least_rows && tile_rows / rows < group) rows /= 2;
     shift = 0;
     while ((int64_t(1) << shift) < rows) ++shift;
     heads = shared ? int(tile_rows / rows < group ? tile_rows / rows : group) : 1;
@@ -137,6 +139,10 @@ struct TileRows {
 template <class T>
 __device__ const T* at_head(const void* base, const HeadStrides& strides, int b, int head) {
   return static_cast<const T*>(base) + b * strides.batch + head * strides.head;
+}
+
+__device__ inline float* lse_of(const AttentionForward& f, const TileRows& rows, int row) {
+  return static_cast<float*>(f.lse) + (rows.b * f.shape.heads_q + rows.head_of(row)) * f.shape.sq + rows.query_of(row);
 }
 
 // ---- lists

@@ -19,18 +19,20 @@
 //                    With Dv > 128 the outputs fit 16 rows only.
 //   3 slots          with 64 keys of 128, 48 KB beside the 32 KB of Q: two blocks on an A100's multiprocessor, whose
 //                    softmax and products overlap; one on sm_86. Four slots would leave room for one.
-//   64, 32 keys      S takes 64 registers beside the 128 of O; wider heads halve the keys to stay within 99 KB.
+//   64, 32 keys      S takes 64 registers beside the 128 of O; wider heads halve the keys to stay within 99 KB, and
+//                    softcap halves them from 96 on, to have registers for its exponentials.
 #pragma once
 
 #include "cuda/attention_rows_sm80.cuh"
 
 namespace slk::cuda {
 
-template <int kDk_, int kDv_>
+template <int kDk_, int kDv_, bool kPlain_>
 struct ForwardTile {
+  static constexpr bool kPlain = kPlain_;  // no softcap, scale > 0
   static constexpr int kDk = kDk_, kDv = kDv_;
   static constexpr int kMT = kDv <= 128 ? 2 : 1, kRows = kWarps * 16 * kMT;
-  static constexpr int kKeys = kDk <= 128 ? 64 : 32;
+  static constexpr int kKeys = kDk <= (kPlain ? 128 : 64) ? 64 : 32;
   static constexpr int kSlots = 3, kSlotChunks = kKeys * (kDk > kDv ? kDk : kDv) / 8;
   static constexpr int kQueryChunks = kRows * kDk / 8;
   static constexpr int kSharedBytes = 16 * (kQueryChunks + kSlots * kSlotChunks) + sizeof(RowTask<kKeys>);
@@ -43,45 +45,6 @@ struct ForwardParams {
   Stripes stripes;
   Scores scores;
 };
-
-// Maxima and sums of a thread's rows so far; sums of the thread's own columns only.
-template <int kMT>
-struct Softmax {
-  float top[kMT][2], sum[kMT][2];
-};
-
-// s becomes p = 2^(logit - maximum), and o is rescaled to the new maximum.
-template <int kMT, int kKeys, int kDv>
-__device__ void update(Softmax<kMT>& state, float (&s)[kMT][kKeys / 8][4], float (&o)[kMT][kDv / 8][4],
-                       const Scores& scores) {
-#pragma unroll
-  for (int i = 0; i < kMT; ++i)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float top = state.top[i][half];
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) top = fmaxf(top, fmaxf(s[i][n][2 * half], s[i][n][2 * half + 1]));
-      top = row_max(top);
-      // A row that has kept nothing yet: its p are 2^(-inf - 0) = 0.
-      const float base = top == -SLK_INFINITY ? 0.f : top * scores.to_log2;
-      const float rescale = ptx::exp2_approx(state.top[i][half] * scores.to_log2 - base);
-      state.top[i][half] = top;
-      float sum = 0;
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-        for (int e = 2 * half; e < 2 * half + 2; ++e) {
-          s[i][n][e] = ptx::exp2_approx(s[i][n][e] * scores.to_log2 - base);
-          sum += s[i][n][e];
-        }
-      state.sum[i][half] = state.sum[i][half] * rescale + sum;
-#pragma unroll
-      for (int n = 0; n < kDv / 8; ++n) {
-        o[i][n][2 * half] *= rescale;
-        o[i][n][2 * half + 1] *= rescale;
-      }
-    }
-}
 
 template <class T, class Tile>
 __global__ void __launch_bounds__(kThreads) attention_forward_sm80_kernel(const __grid_constant__ ForwardParams p) {
@@ -116,12 +79,6 @@ __global__ void __launch_bounds__(kThreads) attention_forward_sm80_kernel(const 
 
   float o[kMT][kDv / 8][4] = {};
   Softmax<kMT> state;
-#pragma unroll
-  for (int i = 0; i < kMT; ++i)
-    for (int half = 0; half < 2; ++half) {
-      state.top[i][half] = -SLK_INFINITY;
-      state.sum[i][half] = 0;
-    }
 
   if (tiles.count > 0) {
     const T* q = at_head<T>(f.q, f.q_strides, rows.b, 0);
@@ -144,9 +101,9 @@ __global__ void __launch_bounds__(kThreads) attention_forward_sm80_kernel(const 
       const int after = tiles.start(m, t + 2);  // a tile ahead of its use: the read takes as long as a product
       float s[kMT][kKeys / 8][4] = {};
       multiply_abt<T, kMT, kKeys, kDk>(s, q_tile, row, ring + slot * Tile::kSlotChunks);
-      if (!p.scores.plain()) transform<kMT, kKeys>(s, p.scores);
+      if (!Tile::kPlain) transform<kMT, kKeys>(s, p.scores);
       if (tiles.masked(t, start)) mask_scores(s, m, tiles, rows, t, start, row);
-      update<kMT, kKeys, kDv>(state, s, o, p.scores);
+      update<kMT, kKeys>(state, s, p.scores, [&](int i, int half, float by) { rescale_row<kMT, kDv>(o, i, half, by); });
       uint32_t probabilities[kMT][kKeys / 16][4];
       pack_a<T, kMT, kKeys>(probabilities, s);
 
@@ -158,24 +115,17 @@ __global__ void __launch_bounds__(kThreads) attention_forward_sm80_kernel(const 
         ptx::commit_group();
       multiply_ab<T, kMT, kKeys, kDv, kDv>(o, probabilities, ring + after_slot(slot, 1) * Tile::kSlotChunks);
 
-      slot = slot == 0 ? 2 : slot - 1;  // two tiles further in the ring
       start = next;
       next = after;
+      slot = slot == 0 ? 2 : slot - 1;  // two tiles further in the ring
     }
     ptx::wait_all();
   }
 
-#pragma unroll
-  for (int i = 0; i < kMT; ++i)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int r = row + 16 * i + 8 * half + lane / 4;
-      const float sum = row_sum(state.sum[i][half]);
-      state.sum[i][half] = sum > 0 ? 1.f / sum : 0.f;
-      if (lane % 4 == 0 && rows.holds(r))
-        static_cast<float*>(f.lse)[(rows.b * f.shape.heads_q + rows.head_of(r)) * f.shape.sq + rows.query_of(r)] =
-            sum > 0 ? state.top[i][half] * p.scores.to_log2 * kLn2 + logf(sum) : -SLK_INFINITY;
-    }
+  finish<kMT>(state, p.scores, [&](int i, int half, float lse) {
+    const int r = row + 16 * i + 8 * half + lane / 4;
+    if (lane % 4 == 0 && rows.holds(r)) *lse_of(f, rows, r) = lse;
+  });
   store_rows<T, kMT, kDv, kDk>(
       q_tile, row, o, f.shape.dv, [&](int i, int half) { return state.sum[i][half]; },
       [&](int r) -> T* {
@@ -187,15 +137,20 @@ __global__ void __launch_bounds__(kThreads) attention_forward_sm80_kernel(const 
 
 template <class T>
 cudaError_t launch_attention_forward_sm80(const AttentionForward& f, cudaStream_t stream) {
-  return for_head_size(f.shape, [&](auto size) {
-    using Tile = ForwardTile<decltype(size)::kDk, decltype(size)::kDv>;
-    const ForwardParams p = {f, Stripes(f.shape, f.mask, Tile::kRows), Scores(f.shape)};
+  const Scores scores(f.shape);
+  const auto launch_tile = [&](auto tile) {
+    using Tile = decltype(tile);
+    const ForwardParams p = {f, Stripes(f.shape, f.mask, Tile::kRows), scores};
     if (p.stripes.tiles > INT32_MAX) return cudaErrorInvalidValue;
     const auto kernel = attention_forward_sm80_kernel<T, Tile>;
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
     if (error != cudaSuccess) return error;
     return launch(kernel, dim3(unsigned(p.stripes.tiles)), dim3(kThreads), Tile::kSharedBytes, stream, p);
+  };
+  return for_head_size(f.shape, [&](auto size) {
+    constexpr int kDk = decltype(size)::kDk, kDv = decltype(size)::kDv;
+    return scores.plain() ? launch_tile(ForwardTile<kDk, kDv, true>()) : launch_tile(ForwardTile<kDk, kDv, false>());
   });
 }
 extern template cudaError_t launch_attention_forward_sm80<__nv_bfloat16>(const AttentionForward&, cudaStream_t);

@@ -94,15 +94,4 @@ __device__ void mask_scores(float (&s)[kMT][kKeys / 8][4], const BlockRows& m, c
   }
 }
 
-// Softcap, and the sign of a negative scale.
-template <int kMT, int kKeys>
-__device__ void transform(float (&s)[kMT][kKeys / 8][4], const Scores& scores) {
-#pragma unroll
-  for (int i = 0; i < kMT; ++i)
-#pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) s[i][n][e] = scores.transform(s[i][n][e]);
-}
-
 }  // namespace slk::cuda

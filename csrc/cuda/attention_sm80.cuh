@@ -5,7 +5,7 @@
 // ldmatrix nor cp.async meets a bank twice.
 #pragma once
 
-#include "cuda/attention.cuh"
+#include "cuda/attention_softmax.cuh"
 #include "slkernels/ptx/cp_async.h"
 #include "slkernels/ptx/ldmatrix.h"
 
@@ -69,20 +69,6 @@ __device__ void multiply_abt(float (&s)[kMT][kN / 8][4], const uint4* a_tile, in
   }
 }
 
-// Sums of one product are a's fragments of the next: rows of P, kK columns.
-template <class T, int kMT, int kK>
-__device__ void pack_a(uint32_t (&a)[kMT][kK / 16][4], const float (&p)[kMT][kK / 8][4]) {
-#pragma unroll
-  for (int m = 0; m < kMT; ++m)
-#pragma unroll
-    for (int step = 0; step < kK / 16; ++step)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float (&from)[4] = p[m][2 * step + i / 2];
-        a[m][step][i] = Element<T>::pack(from[i % 2 * 2], from[i % 2 * 2 + 1]);
-      }
-}
-
 // d[row, :] += A[row, :] B[:, first .. first + kColumns) for A in registers and the kK rows of B, of kD elements.
 template <class T, int kMT, int kK, int kD, int kColumns>
 __device__ void multiply_ab(float (&d)[kMT][kColumns / 8][4], const uint32_t (&a)[kMT][kK / 16][4], const uint4* b_tile,
@@ -129,16 +115,6 @@ __device__ void store_rows(uint4* stage, int row, const float (&sum)[kMT][kD / 8
     T* out = to(r);
     if (out && chunk * 8 < d) *reinterpret_cast<uint4*>(out + chunk * 8) = stage[swizzled<kStageD>(r, chunk)];
   }
-}
-
-// Over the four lanes that hold a row of mma's d.
-__device__ inline float row_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-__device__ inline float row_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
 // Runs f(Tag<kDk, kDv>) with the least of the compiled sizes that hold the shape's dimensions.
