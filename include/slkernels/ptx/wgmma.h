@@ -4,9 +4,8 @@
 // "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions". sm_90a.
 //
 // The order of a chain, which all 128 threads run with the same descriptors:
-//   wgmma_fence()      before the first, and whenever ordinary code has touched the accumulators, or A's registers, since
-//   wgmma_bf16<N>(..)  any number, on the same accumulators
-//   wgmma_commit()     makes a group of them
+//   wgmma_fence()      before the first, and whenever ordinary code has touched the accumulators, or A's registers,
+//   since wgmma_bf16<N>(..)  any number, on the same accumulators wgmma_commit()     makes a group of them
 //   wgmma_wait<n>()    until at most n of the latest groups are unfinished: only then may the accumulators of the
 //                      others be looked at, and their operands be overwritten
 //   wgmma_settle(d)    after the wait, before ordinary code looks at d
@@ -31,8 +30,9 @@ __device__ inline uint64_t matrix_descriptor(const void* start, Swizzle swizzle,
   return uint64_t((shared_address(start) & 0x3ffff) >> 4) | uint64_t(k8 >> 4) << 16 | uint64_t(rows8 >> 4) << 32 |
          uint64_t(swizzle) << 62;
 }
-// An N-major operand in 128-byte swizzle: panels of 64 columns, rows of K packed at 128 bytes. Offsets in bytes: from 8 rows
-// of K to the next 8 (1024 when the panel is packed), and from a panel to the next. A step of 16 along K adds 2048 bytes.
+// An N-major operand in 128-byte swizzle: panels of 64 columns, rows of K packed at 128 bytes. Offsets in bytes: from 8
+// rows of K to the next 8 (1024 when the panel is packed), and from a panel to the next. A step of 16 along K adds 2048
+// bytes.
 __device__ inline uint64_t matrix_descriptor_n_major(const void* start, uint32_t k8, uint32_t panel) {
   return matrix_descriptor(start, Swizzle::bytes128, k8, panel);
 }
@@ -228,8 +228,8 @@ __device__ inline void wgmma_f16(float (&d)[N / 2], uint64_t a, uint64_t b, bool
   detail::WgmmaF16<N>::issue(d, a, b, accumulate);
 }
 
-// The same with A in registers, as mma's fragments of 16 rows a warp (slkernels/ptx/mma.h), which stay as they are until a
-// wait; and B N-major in 128-byte swizzle (matrix_descriptor_n_major): d = a b, plus d if `accumulate`.
+// The same with A in registers, as mma's fragments of 16 rows a warp (slkernels/ptx/mma.h), which stay as they are
+// until a wait; and B N-major in 128-byte swizzle (matrix_descriptor_n_major): d = a b, plus d if `accumulate`.
 template <int N>
 __device__ inline void wgmma_registers_bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   detail::WgmmaRegisters<N>::issue(d, a, b, accumulate);

@@ -36,8 +36,8 @@ struct Operand {
     const uint32_t linear = start + row / 8 * rows8 + row % 8 * (16u << swizzle_bits) + unit_of_k * 16;
     return linear ^ ((linear >> 7 & ((1u << swizzle_bits) - 1)) << 4);
   }
-  // N-major, 128-byte swizzle: 8 columns from 8 * unit_of_n on of a row of K. "k8" holds the offset from panel to panel,
-  // "rows8" that from 8 rows of K to the next.
+  // N-major, 128-byte swizzle: 8 columns from 8 * unit_of_n on of a row of K. "k8" holds the offset from panel to
+  // panel, "rows8" that from 8 rows of K to the next.
   uint32_t n_major_unit(int k, int unit_of_n) const {
     const uint32_t linear = start + unit_of_n / 8 * k8 + unit_of_n % 8 * 16 + k / 8 * rows8 + k % 8 * 128;
     return linear ^ ((linear >> 7 & 7) << 4);
@@ -155,8 +155,8 @@ void issue_warp(void* const* lanes, uint32_t mask) {
   Op& op = group.ops[index];
   for (int lane = 0; lane < kLanes; ++lane) {
     const Issue& mine = *static_cast<Issue*>(lanes[lane]);
-    if (mine.n != op.what.n || mine.a != op.what.a || mine.b != op.what.b ||
-        mine.accumulate != op.what.accumulate || mine.type != op.what.type || !mine.a_registers != !op.what.a_registers)
+    if (mine.n != op.what.n || mine.a != op.what.a || mine.b != op.what.b || mine.accumulate != op.what.accumulate ||
+        mine.type != op.what.type || !mine.a_registers != !op.what.a_registers)
       fault("wgmma: lane " + std::to_string(lane) + " of warp " + std::to_string(w) +
                 " of the warpgroup gives other operands than the first warp",
             mine.pc);

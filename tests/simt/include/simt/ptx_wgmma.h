@@ -20,16 +20,16 @@ namespace slk::ptx {
 SIMT_NOINLINE void wgmma_fence() {
   simt::wgmma_fence(SIMT_HERE);
 }
-#define SIMT_WGMMA(type)                                                                                               \
-  template <int N>                                                                                                     \
-  SIMT_NOINLINE void wgmma_##type(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {                        \
-    static_assert(N % 8 == 0 && N >= 8 && N <= 256);                                                                   \
-    simt::wgmma(simt::WgmmaType::type, d, N, nullptr, a, b, accumulate, SIMT_HERE);                                    \
-  }                                                                                                                    \
-  template <int N>                                                                                                     \
+#define SIMT_WGMMA(type)                                                                                              \
+  template <int N>                                                                                                    \
+  SIMT_NOINLINE void wgmma_##type(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {                       \
+    static_assert(N % 8 == 0 && N >= 8 && N <= 256);                                                                  \
+    simt::wgmma(simt::WgmmaType::type, d, N, nullptr, a, b, accumulate, SIMT_HERE);                                   \
+  }                                                                                                                   \
+  template <int N>                                                                                                    \
   SIMT_NOINLINE void wgmma_registers_##type(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) { \
-    static_assert(N == 64 || N == 128 || N == 256);                                                                    \
-    simt::wgmma(simt::WgmmaType::type, d, N, a, 0, b, accumulate, SIMT_HERE);                                          \
+    static_assert(N == 64 || N == 128 || N == 256);                                                                   \
+    simt::wgmma(simt::WgmmaType::type, d, N, a, 0, b, accumulate, SIMT_HERE);                                         \
   }
 SIMT_WGMMA(bf16)
 SIMT_WGMMA(f16)
