@@ -26,6 +26,10 @@
 #include <cuda_runtime.h>
 #endif
 
+// The kernels of a CPU are compiled once per instruction set: an inline function that the linker could share between
+// them would run with the wrong one.
+#define SLK_ALWAYS_INLINE inline __attribute__((always_inline))
+
 namespace slk {
 
 // One direction of a block list. Entries [ptr[r], ptr[r] + cnt[r]) of idx belong to r; what lies between is not read.
@@ -40,13 +44,20 @@ struct BlockRows {
   BlockList rows;          // blocks = ceil(Sq / block_m); idx counts units of keys
   int64_t batches, heads;  // 1 or B; 1, Hkv or Hq
   int64_t block_m, block_n, unit;
-  const int32_t *lo, *hi;  // null: no bound on that side. Element (b, hm, i) at b * batch + hm * head + i
+  const int32_t *lo, *hi;  // null: no bound on that side. Query i of batch b: b * batch + hm * head + i
   int64_t lo_batch, lo_head, hi_batch, hi_head;  // strides; 0 where the extent is 1
   int64_t sink;
   const uint32_t* bits;  // [bit_tiles, block_m, block_n / 32]; bit j % 32 of word j / 32 is column j
   int64_t bit_tiles;
   const int32_t *col_ptr, *col_idx;  // [R + 1], [columns]; null: none
   int64_t columns;
+
+  // The list of one block: (b, h) are a batch and one of `heads_q` query heads.
+  SLK_ALWAYS_INLINE int64_t list_of(int64_t b, int64_t h, int64_t heads_q, int64_t block, int64_t blocks) const {
+    return (batch_of(b) * heads + head_of(h, heads_q)) * blocks + block;
+  }
+  SLK_ALWAYS_INLINE int64_t batch_of(int64_t b) const { return batches == 1 ? 0 : b; }
+  SLK_ALWAYS_INLINE int64_t head_of(int64_t h, int64_t heads_q) const { return h / (heads_q / heads); }
 };
 
 // Elements between neighbours of [B, H, S, D]; D is contiguous.
@@ -82,6 +93,64 @@ struct AttentionBackward {
   void *dq, *dk, *dv;
   HeadStrides dq_strides, dk_strides, dv_strides;
 };
+
+// The union of two disjoint sets of keys: lse = log(exp lse1 + exp lse2), o = exp(lse1 - lse) o1 + exp(lse2 - lse) o2.
+// o1, o2, o [B, H, S, D]; lse1, lse2, lse [B, H, S], contiguous, fp64 for f64, else fp32.
+struct MergeStates {
+  int64_t batch, heads, tokens, features;
+  DType dtype;
+  const void *o1, *o2, *lse1, *lse2;
+  HeadStrides o1_strides, o2_strides;
+  void *o, *lse;
+  HeadStrides o_strides;
+};
+
+// With w1 = exp(lse1 - lse):  do1 = w1 do,  dlse1 = w1 (dlse + do . (o1 - o)); likewise the second.
+struct MergeStatesBackward {
+  MergeStates forward;  // o and lse are not used
+  const void *d_o, *dlse;
+  HeadStrides d_o_strides;
+  void *do1, *do2, *dlse1, *dlse2;
+  HeadStrides do1_strides, do2_strides;
+};
+
+// Statistics of p over the queries of a range, without p:
+//   col_sum[j] = sum_i p[i, j],  col_max[j] = max_i p[i, j],  diagonal[Sk - 1 + j - (i + Sk - Sq)] += p[i, j],
+//   block_sum[iq, jk] = sum of p over block_m queries and block_n keys
+// Query i stands at position i + Sk - Sq: the last query at the last key. The first three are sums over `parts` runs of
+// blocks of queries, kept apart so that the order of a sum depends on shapes only.
+struct AttentionColStats {
+  AttentionForward forward;  // q, k and lse are read; dv = 0
+  Range queries;
+  int64_t parts;
+  float *col_sum, *col_max;  // [B, Hq, parts, Sk]
+  float* diagonal;           // [B, Hq, parts, Sk + Sq - 1]
+  float* block_sum;          // [B, Hq, ceil(Sq / block_m), ceil(Sk / block_n)]
+};
+
+namespace cpu {
+
+// One unit of work; units are independent of each other, so that results do not depend on who does which.
+struct AttentionItem {
+  int64_t batch, head, block;  // block of queries of a query head, or of keys of a kv head
+};
+
+// Kernels assume a layout that lies inside: entries, bit tiles, columns.
+struct AttentionKernels {
+  // Floats of 64-byte aligned scratch that any call below needs.
+  int64_t (*scratch)(const AttentionShape&, const BlockRows&);
+  void (*forward)(const AttentionForward&, AttentionItem, float* scratch);       // o and lse of a block of queries
+  void (*delta)(const AttentionBackward&, AttentionItem, float* scratch);        // of a block of queries
+  void (*backward_q)(const AttentionBackward&, AttentionItem, float* scratch);   // dq of a block of queries
+  void (*backward_kv)(const AttentionBackward&, AttentionItem, float* scratch);  // dk and dv of a block of keys
+  void (*merge)(const MergeStates&, int64_t batch, int64_t head, Range tokens);
+  void (*merge_backward)(const MergeStatesBackward&, int64_t batch, int64_t head, Range tokens);
+  void (*colstats)(const AttentionColStats&, AttentionItem part, float* scratch);  // null for f64
+};
+const AttentionKernels& attention_kernels();      // f32, bf16, f16
+const AttentionKernels& attention_kernels_f64();  // unblocked, for gradient checks; scratch is not used
+
+}  // namespace cpu
 
 #if defined(SLKERNELS_WITH_CUDA) || defined(__CUDACC__)
 namespace cuda {

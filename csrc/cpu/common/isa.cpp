@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "slkernels/attention.h"
 #include "slkernels/lowrank.h"
 #include "slkernels/optim.h"
 #include "slkernels/sparse.h"
@@ -109,6 +110,7 @@ std::vector<std::string> compiled_isas() {
     }                                                             \
   }
 
+SLK_TABLE(AttentionKernels, attention_table, attention_kernels)
 SLK_TABLE(LowRankKernels, lowrank_table, lowrank_kernels)
 SLK_TABLE(SparseKernels, sparse_table, sparse_kernels)
 SLK_TABLE(OptimKernels, optim_table, optim_kernels)

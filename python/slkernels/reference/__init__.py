@@ -4,7 +4,7 @@ The functions have the names and arguments of the ops, work in any floating dtyp
 differentiable by autograd. They are written to be read, not to be fast: S is a dense matrix here.
 """
 
-from . import optim
+from . import attention, optim
 from .gemm import gemm
 from .lowrank import lowrank_linear
 from .random_support import permute, random_blocks8, random_support, round_keys
@@ -12,6 +12,7 @@ from .sl import sl_linear
 from .sparse import check_support, compose, gather_support, sddmm, spmm, spmm_t, support_rows, to_dense
 
 __all__ = [
+    "attention",
     "check_support",
     "compose",
     "gather_support",
