@@ -168,8 +168,7 @@ __device__ void consume(Shared& shared, const HopperParams& params, int consumer
   const BlockRows& m = f.mask;
   const TileRows& rows = shared.task.rows;
   const KeyTiles<kPart>& parts = shared.task.tiles;
-  const int lane = threadIdx.x % 32, row = consumer * kPart + int(threadIdx.x) % kWarpgroup / 32 * 16;
-  const bool speaks = lane == 0;  // one arrival a warp
+  const bool speaks = threadIdx.x % 32 == 0;  // one arrival a warp
 
   // As mma's accumulators: [16 rows of the warp][8 columns][4].
   float o[kDv / 2] = {}, s[kKeys / 2];
@@ -179,12 +178,13 @@ __device__ void consume(Shared& shared, const HopperParams& params, int consumer
   Softmax<1> state;
   float by[2];
   const auto soften = [&](int first) {  // the scores of parts first ...
+    const int warp_row = consumer * kPart + ptx::opaque(threadIdx.x) % kWarpgroup / 32 * 16;
     if (!params.scores.plain()) transform<1, kKeys>(s_tile, params.scores);
 #pragma unroll
     for (int part = 0; part < Tile::kParts; ++part) {
       const int start = parts.start(m, first + part);
       auto& scores = reinterpret_cast<float (&)[1][kPart / 8][4]>(s[part * kPart / 2]);
-      if (parts.masked(first + part, start)) mask_scores(scores, m, parts, rows, first + part, start, row);
+      if (parts.masked(first + part, start)) mask_scores(scores, m, parts, rows, first + part, start, warp_row);
     }
     update<1, kKeys>(state, s_tile, params.scores, [&](int, int half, float factor) { by[half] = factor; });
   };
@@ -206,6 +206,7 @@ __device__ void consume(Shared& shared, const HopperParams& params, int consumer
       ptx::wgmma_fence();
       issue_scores<T, Tile>(s, shared, consumer, at.stage);
       ptx::mbarrier_wait(&shared.v_full[before.stage], before.parity);
+      ptx::wgmma_fence();
       issue_output<T, Tile>(o, p, shared, before.stage);
       ptx::wgmma_wait<1>();
       ptx::wgmma_settle(s);
@@ -226,6 +227,8 @@ __device__ void consume(Shared& shared, const HopperParams& params, int consumer
     ptx::wgmma_settle(o);
   }
 
+  const int lane = ptx::opaque(threadIdx.x) % 32;
+  const int row = consumer * kPart + ptx::opaque(threadIdx.x) % kWarpgroup / 32 * 16;
   finish<1>(state, params.scores, [&](int, int half, float lse) {
     const int r = row + 8 * half + lane / 4;
     if (lane % 4 == 0 && rows.holds(r)) *lse_of(f, rows, r) = lse;

@@ -46,18 +46,11 @@ int64_t row_distance(const Tensor& t) {
   return t.size(0) <= 1 ? round_up(t.size(1), 8) : t.stride(0);
 }
 
-int compute_capability(int32_t device) {
-  int major = 0, minor = 0;
-  check_cuda(kOp, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  check_cuda(kOp, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  return 10 * major + minor;
-}
-
 Tensor gemm_cuda(const Tensor& a, const Tensor& b, std::string kernel) {
   check_gemm(a, b, kernel);
   const int32_t device = a.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const int capability = compute_capability(device);
+  const int capability = compute_capability(kOp, device);
   check(capability >= 80, kOp, "needs a GPU of compute capability 8.0 or newer, got ", capability / 10, ".",
         capability % 10);
   check(kernel != "sm90" || capability == 90, kOp, "kernel sm90 needs a GPU of compute capability 9.0, got ",
