@@ -25,6 +25,7 @@ inline void check_cuda(const char* op, cudaError_t error) {
   check(error == cudaSuccess, op, "CUDA error: ", cudaGetErrorString(error));
 }
 
+// 80 for compute capability 8.0.
 inline int compute_capability(const char* op, int32_t device) {
   int major = 0, minor = 0;
   check_cuda(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));

@@ -91,6 +91,16 @@ void add_wgmma(std::vector<Case>& cases) {
                    }});
 }
 
+template <int N>
+void add_wgmma_registers(std::vector<Case>& cases) {
+  constexpr size_t kWords = 128 * 4;
+  cases.push_back({"wgmma_registers_n" + std::to_string(N), to_bytes(random_bf16(2 * kWords + 16 * N, N)),
+                   std::ldexp(16, -22), [](const Bytes& in) {
+                     return to_bytes(sm90::multiply_registers<N, sm90::Half::bf16>(
+                         from_bytes<uint32_t>(in, 0, kWords), from_bytes<uint16_t>(in, 2 * kWords, 16 * N)));
+                   }});
+}
+
 void add_warp(std::vector<Case>& cases, const char* name, void (*kernel)(const uint32_t*, uint32_t*), int in_words,
               int out_words, double tolerance) {
   cases.push_back(
@@ -117,6 +127,8 @@ std::vector<Case> all_cases() {
   add_wgmma<64, ptx::Swizzle::bytes64>(cases);
   add_wgmma<96, ptx::Swizzle::bytes32>(cases);
   add_wgmma<40, ptx::Swizzle::none>(cases);
+  add_wgmma_registers<64>(cases);
+  add_wgmma_registers<128>(cases);
   return cases;
 }
 

@@ -1,5 +1,6 @@
 // The sm_90a wrappers against what the manual says, written down once more and differently. Under the harness this is a
 // test of the host bodies; compiled by nvcc for sm_90a, of the hardware.
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cmath>
@@ -230,6 +231,44 @@ void test_wgmma() {
   test_wgmma(N, kSwizzle, sm90::wgmma_kernel<N, kSwizzle>);
 }
 
+// Small integers again, in bf16 and in fp16.
+uint16_t bits_of(int number, sm90::Half type) {
+  if (type == sm90::Half::bf16) {
+    const float f = float(number);
+    uint32_t u;
+    std::memcpy(&u, &f, 4);
+    return uint16_t(u >> 16);
+  }
+  return __half_raw(__float2half_rn(float(number))).x;
+}
+template <int N, sm90::Half kType>
+void test_wgmma_registers() {
+  std::mt19937 random(3);
+  const auto draw = [&] { return int(random() % 17) - 8; };
+  std::vector<int> a(64 * 16), b(16 * N);
+  for (int& x : a) x = draw();
+  for (int& x : b) x = draw();
+  std::vector<uint32_t> fragments(128 * 4);
+  for (int row = 0; row < 64; ++row)
+    for (int k = 0; k < 16; ++k) {  // who holds (row, k), in which register and half
+      const int thread = row / 16 * 32 + row % 8 * 4 + k % 8 / 2, reg = k / 8 * 2 + row % 16 / 8;
+      fragments[thread * 4 + reg] |= uint32_t(bits_of(a[row * 16 + k], kType)) << (16 * (k % 2));
+    }
+  std::vector<uint16_t> b_bits;
+  for (int x : b) b_bits.push_back(bits_of(x, kType));
+  const std::vector<float> got = sm90::multiply_registers<N, kType>(fragments, b_bits);
+  int wrong = 0;
+  for (int row = 0; row < 64; ++row)
+    for (int column = 0; column < N; ++column) {
+      int want = 0;
+      for (int k = 0; k < 16; ++k) want += a[row * 16 + k] * b[k * N + column];
+      const int thread = row / 16 * 32 + row % 8 * 4 + column % 8 / 2;
+      const int reg = column / 8 * 4 + row % 16 / 8 * 2 + column % 2;
+      wrong += got[thread * (N / 2) + reg] != float(want);
+    }
+  expect(!wrong, "wgmma from registers, n=" + std::to_string(N) + ": " + std::to_string(wrong) + " wrong");
+}
+
 template <int... kEighths>
 void test_all_widths(std::integer_sequence<int, kEighths...>) {
   (test_wgmma<8 * (kEighths + 1), ptx::Swizzle::bytes128>(), ...);
@@ -253,6 +292,9 @@ int main() {
   test_wgmma<256, ptx::Swizzle::bytes32>();
   test_wgmma<40, ptx::Swizzle::bytes64>();
   test_wgmma<192, ptx::Swizzle::bytes64>();
+  test_wgmma_registers<64, sm90::Half::bf16>();
+  test_wgmma_registers<128, sm90::Half::f16>();
+  test_wgmma_registers<256, sm90::Half::bf16>();
   std::printf(failures ? "%d failures\n" : "ptx_sm90: ok\n", failures);
   return failures ? 1 : 0;
 }

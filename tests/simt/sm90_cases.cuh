@@ -204,4 +204,60 @@ std::vector<float> multiply(const std::vector<uint16_t>& a, const std::vector<ui
   return multiply(N, kSwizzle, wgmma_kernel<N, kSwizzle>, a, b);
 }
 
+// ---- wgmma with A in registers: D[64, N] = A[64, 16] B[16, N], B row-major, of which TMA brings panels of 64 columns
+
+enum class Half { bf16, f16 };
+
+template <int N, Half kType>
+__global__ void __launch_bounds__(128, 1)
+    wgmma_registers_kernel(const uint32_t* a, const __grid_constant__ CUtensorMap b_map, float* out) {
+  constexpr int kPanel = 16 * 128;  // bytes
+  char* b = cuda::dynamic_shared<char>();
+  uint64_t* bar = reinterpret_cast<uint64_t*>(b + N / 64 * kPanel);
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(bar, 1);
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_arrive_expect_tx(bar, N / 64 * kPanel);
+    for (int panel = 0; panel < N / 64; ++panel) ptx::tma_load_2d(b + panel * kPanel, &b_map, bar, panel * 64, 0);
+  }
+  ptx::mbarrier_wait(bar, 0);
+  uint32_t fragment[4];
+  for (int i = 0; i < 4; ++i) fragment[i] = a[int(threadIdx.x) * 4 + i];
+  const uint64_t b_at = ptx::matrix_descriptor_n_major(b, 1024, kPanel);
+  float sum[N / 2];
+  ptx::wgmma_fence();
+  if constexpr (kType == Half::bf16)
+    ptx::wgmma_registers_bf16<N>(sum, fragment, b_at, false);
+  else
+    ptx::wgmma_registers_f16<N>(sum, fragment, b_at, false);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+  ptx::wgmma_settle(sum);
+  for (int i = 0; i < N / 2; ++i) out[int(threadIdx.x) * (N / 2) + i] = sum[i];
+}
+
+// a: [128 threads, 4 registers], b [16, N], both in the type's bits; the result is [128 threads, N / 2 registers].
+template <int N, Half kType>
+std::vector<float> multiply_registers(const std::vector<uint32_t>& a, const std::vector<uint16_t>& b) {
+  DeviceArray<uint32_t> a_device(a);
+  DeviceArray<uint16_t> b_device(b);
+  const cuda::TensorMap<2> tensor = {
+      kType == Half::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+      b_device.get(),
+      {N, 16},
+      {2, N * 2},
+      {64, 16},
+      CU_TENSOR_MAP_SWIZZLE_128B};
+  CUtensorMap map;
+  check(cuda::encode(tensor, &map), "map of B");
+  DeviceArray<float> out(size_t(128) * N / 2);
+  check(cuda::launch(wgmma_registers_kernel<N, kType>, 1, 128, size_t(N) * 32 + 8, nullptr, a_device.get(), map,
+                     out.get()),
+        "wgmma_registers_kernel");
+  return out.host();
+}
+
 }  // namespace sm90

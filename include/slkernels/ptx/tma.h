@@ -40,6 +40,13 @@ __device__ inline void tma_load_3d(void* to, const CUtensorMap* map, uint64_t* b
       "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
+__device__ inline void tma_load_4d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y, int z, int w) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+}
 
 // cp.async.bulk.tensor, shared -> global. The source was written by ordinary stores: fence_proxy_async() in each writer
 // and a barrier come first.

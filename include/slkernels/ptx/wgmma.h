@@ -1,11 +1,11 @@
 // wgmma: D[64, N] (+)= A[64, 16] B[N, 16]^T by the 128 threads of a warpgroup (4 warps, the first's number a multiple
-// of 4), asynchronously. bf16 operands, both in shared memory and K-major, fp32 accumulators in registers. PTX ISA,
+// of 4), asynchronously. bf16 or fp16 operands, fp32 accumulators in registers. A and B lie in shared memory and are
+// K-major; or A in registers, and B in shared memory and N-major (the rows of a row-major [K, N] matrix). PTX ISA,
 // "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions". sm_90a.
 //
 // The order of a chain, which all 128 threads run with the same descriptors:
-//   wgmma_fence()      before the first, and whenever ordinary code has touched the accumulators since
-//   wgmma_bf16<N>(..)  any number, on the same accumulators
-//   wgmma_commit()     makes a group of them
+//   wgmma_fence()      before the first, and whenever ordinary code has touched the accumulators, or A's registers,
+//   since wgmma_bf16<N>(..)  any number, on the same accumulators wgmma_commit()     makes a group of them
 //   wgmma_wait<n>()    until at most n of the latest groups are unfinished: only then may the accumulators of the
 //                      others be looked at, and their operands be overwritten
 //   wgmma_settle(d)    after the wait, before ordinary code looks at d
@@ -29,6 +29,12 @@ enum class Swizzle : int { none = 0, bytes128 = 1, bytes64 = 2, bytes32 = 3 };
 __device__ inline uint64_t matrix_descriptor(const void* start, Swizzle swizzle, uint32_t rows8, uint32_t k8 = 16) {
   return uint64_t((shared_address(start) & 0x3ffff) >> 4) | uint64_t(k8 >> 4) << 16 | uint64_t(rows8 >> 4) << 32 |
          uint64_t(swizzle) << 62;
+}
+// An N-major operand in 128-byte swizzle: panels of 64 columns, rows of K packed at 128 bytes. Offsets in bytes: from 8
+// rows of K to the next 8 (1024 when the panel is packed), and from a panel to the next. A step of 16 along K adds 2048
+// bytes.
+__device__ inline uint64_t matrix_descriptor_n_major(const void* start, uint32_t k8, uint32_t panel) {
+  return matrix_descriptor(start, Swizzle::bytes128, k8, panel);
 }
 // The same operand, `bytes` further along K.
 __device__ inline uint64_t advance(uint64_t descriptor, uint32_t bytes) {
@@ -67,6 +73,13 @@ __device__ inline void wgmma_settle(float (&d)[M]) {
 namespace detail {
 template <int N>
 struct Wgmma;
+template <int N>
+struct WgmmaF16;
+// A in registers, B N-major; the sizes that kernels use.
+template <int N>
+struct WgmmaRegisters;
+template <int N>
+struct WgmmaRegistersF16;
 
 // Each size has four registers more than the one before: the lists of operands grow line by line.
 // clang-format off
@@ -136,17 +149,19 @@ struct Wgmma;
 #define SLK_OPERANDS_256(d) SLK_OPERANDS_248(d), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
 
 // A, B and the predicate follow the N / 2 accumulators in the operands' numbering.
-#define SLK_WGMMA(N, A, B, P)                                                                           \
+#define SLK_WGMMA_OF(STRUCT, TYPE, N, A, B, P)                                                          \
   template <>                                                                                           \
-  struct Wgmma<N> {                                                                                     \
+  struct STRUCT<N> {                                                                                    \
     __device__ static void issue(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {           \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n"                                       \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" SLK_REGISTERS_##N "}, " \
-                   A ", " B ", p, 1, 1, 0, 0;\n}\n"                                                     \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" SLK_REGISTERS_##N \
+                   "}, " A ", " B ", p, 1, 1, 0, 0;\n}\n"                                               \
                    : SLK_OPERANDS_##N(d)                                                                \
                    : "l"(a), "l"(b), "r"(accumulate));                                                  \
     }                                                                                                   \
   };
+#define SLK_WGMMA(N, A, B, P) \
+  SLK_WGMMA_OF(Wgmma, "bf16", N, A, B, P) SLK_WGMMA_OF(WgmmaF16, "f16", N, A, B, P)
 SLK_WGMMA(8, "%4", "%5", "%6")
 SLK_WGMMA(16, "%8", "%9", "%10")
 SLK_WGMMA(24, "%12", "%13", "%14")
@@ -180,6 +195,25 @@ SLK_WGMMA(240, "%120", "%121", "%122")
 SLK_WGMMA(248, "%124", "%125", "%126")
 SLK_WGMMA(256, "%128", "%129", "%130")
 #undef SLK_WGMMA
+#undef SLK_WGMMA_OF
+#define SLK_WGMMA_OF(STRUCT, TYPE, N, A, B, P)                                                                        \
+  template <>                                                                                                         \
+  struct STRUCT<N> {                                                                                                  \
+    __device__ static void issue(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {             \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n"                                                     \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" SLK_REGISTERS_##N "}, {" A "}, " \
+                   B ", p, 1, 1, 1;\n}\n"                                                                             \
+                   : SLK_OPERANDS_##N(d)                                                                              \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                            \
+    }                                                                                                                 \
+  };
+#define SLK_WGMMA(N, A, B, P) \
+  SLK_WGMMA_OF(WgmmaRegisters, "bf16", N, A, B, P) SLK_WGMMA_OF(WgmmaRegistersF16, "f16", N, A, B, P)
+SLK_WGMMA(64, "%32,%33,%34,%35", "%36", "%37")
+SLK_WGMMA(128, "%64,%65,%66,%67", "%68", "%69")
+SLK_WGMMA(256, "%128,%129,%130,%131", "%132", "%133")
+#undef SLK_WGMMA
+#undef SLK_WGMMA_OF
 // clang-format on
 }  // namespace detail
 
@@ -187,6 +221,22 @@ SLK_WGMMA(256, "%128", "%129", "%130")
 template <int N>
 __device__ inline void wgmma_bf16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
   detail::Wgmma<N>::issue(d, a, b, accumulate);
+}
+
+template <int N>
+__device__ inline void wgmma_f16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+  detail::WgmmaF16<N>::issue(d, a, b, accumulate);
+}
+
+// The same with A in registers, as mma's fragments of 16 rows a warp (slkernels/ptx/mma.h), which stay as they are
+// until a wait; and B N-major in 128-byte swizzle (matrix_descriptor_n_major): d = a b, plus d if `accumulate`.
+template <int N>
+__device__ inline void wgmma_registers_bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  detail::WgmmaRegisters<N>::issue(d, a, b, accumulate);
+}
+template <int N>
+__device__ inline void wgmma_registers_f16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  detail::WgmmaRegistersF16<N>::issue(d, a, b, accumulate);
 }
 
 }  // namespace slk::ptx

@@ -51,17 +51,18 @@ struct Tile {
   // inside, tile offset of the row); bytes inside is 0 where the row lies outside the tensor.
   template <class F>
   void for_each_row(F f) const {
-    for (uint32_t z = 0; z < map.box[2]; ++z)
+    for (uint32_t outer = 0; outer < map.box[3] * map.box[2]; ++outer)
       for (uint32_t y = 0; y < map.box[1]; ++y) {
-        const int64_t gz = int64_t(at.z) + z, gy = int64_t(at.y) + y;
+        const int64_t gw = int64_t(at.w) + outer / map.box[2], gz = int64_t(at.z) + outer % map.box[2];
+        const int64_t gy = int64_t(at.y) + y;
         const int64_t first = std::max<int64_t>(at.x, 0);
         const int64_t last = std::min<int64_t>(int64_t(at.x) + map.box[0], int64_t(map.size[0]));
-        const bool inside =
-            gz >= 0 && gz < int64_t(map.size[2]) && gy >= 0 && gy < int64_t(map.size[1]) && first < last;
-        const char* global =
-            map.base + (inside ? gz * int64_t(map.stride[2]) + gy * int64_t(map.stride[1]) + first * map.element : 0);
+        const bool inside = gw >= 0 && gw < int64_t(map.size[3]) && gz >= 0 && gz < int64_t(map.size[2]) && gy >= 0 &&
+                            gy < int64_t(map.size[1]) && first < last;
+        const int64_t at_row = gw * int64_t(map.stride[3]) + gz * int64_t(map.stride[2]) + gy * int64_t(map.stride[1]);
+        const char* global = map.base + (inside ? at_row + first * map.element : 0);
         f(const_cast<char*>(global), inside ? size_t(first - at.x) * map.element : 0,
-          inside ? size_t(last - first) * map.element : 0, (size_t(z) * map.box[1] + y) * map.row_bytes());
+          inside ? size_t(last - first) * map.element : 0, (size_t(outer) * map.box[1] + y) * map.row_bytes());
       }
   }
 

@@ -3,6 +3,8 @@
 // From the issue until a wait covers it, the accumulators hold a NaN of ours; the operands are read, and the sums made,
 // at that wait. The reads are those of an agent a warp (16 rows of A, all of B) that knows what the warp knew when it
 // issued: an operand that is overwritten too early, or that was not waited for, is a race whichever comes first.
+#include <cuda_fp16.h>
+
 #include <array>
 #include <cstring>
 #include <map>
@@ -34,10 +36,21 @@ struct Operand {
     const uint32_t linear = start + row / 8 * rows8 + row % 8 * (16u << swizzle_bits) + unit_of_k * 16;
     return linear ^ ((linear >> 7 & ((1u << swizzle_bits) - 1)) << 4);
   }
+  // N-major, 128-byte swizzle: 8 columns from 8 * unit_of_n on of a row of K. "k8" holds the offset from panel to
+  // panel, "rows8" that from 8 rows of K to the next.
+  uint32_t n_major_unit(int k, int unit_of_n) const {
+    const uint32_t linear = start + unit_of_n / 8 * k8 + unit_of_n % 8 * 16 + k / 8 * rows8 + k % 8 * 128;
+    return linear ^ ((linear >> 7 & 7) << 4);
+  }
 };
 
-float to_float(uint16_t bf16) {
-  const uint32_t bits = uint32_t(bf16) << 16;
+float to_float(WgmmaType type, uint16_t value) {
+  if (type == WgmmaType::f16) {
+    __half_raw raw;
+    raw.x = value;
+    return __half2float(__half(raw));
+  }
+  const uint32_t bits = uint32_t(value) << 16;
   float f;
   std::memcpy(&f, &bits, 4);
   return f;
@@ -52,8 +65,10 @@ struct Accumulator {
 };
 
 struct Issue {  // by one lane
+  WgmmaType type;
   float* registers;
   int n;
+  const uint32_t* a_registers;
   uint64_t a, b;
   bool accumulate;
   void* pc;
@@ -64,6 +79,8 @@ struct Op {
   int warps_here = 0;
   bool done = false;
   std::array<float*, kWarps * kLanes> registers = {};
+  std::array<const uint32_t*, kWarps * kLanes> a_registers = {};
+  std::array<std::array<uint32_t, 4>, kWarps * kLanes> a_issued = {};
   std::array<Clock, kWarps> knows;
 };
 
@@ -138,7 +155,8 @@ void issue_warp(void* const* lanes, uint32_t mask) {
   Op& op = group.ops[index];
   for (int lane = 0; lane < kLanes; ++lane) {
     const Issue& mine = *static_cast<Issue*>(lanes[lane]);
-    if (mine.n != op.what.n || mine.a != op.what.a || mine.b != op.what.b || mine.accumulate != op.what.accumulate)
+    if (mine.n != op.what.n || mine.a != op.what.a || mine.b != op.what.b || mine.accumulate != op.what.accumulate ||
+        mine.type != op.what.type || !mine.a_registers != !op.what.a_registers)
       fault("wgmma: lane " + std::to_string(lane) + " of warp " + std::to_string(w) +
                 " of the warpgroup gives other operands than the first warp",
             mine.pc);
@@ -154,23 +172,38 @@ void issue_warp(void* const* lanes, uint32_t mask) {
       a.in_flight = true;
     }
     a.last_op = index;
-    op.registers[size_t(w) * kLanes + lane] = mine.registers;
+    const size_t thread = size_t(w) * kLanes + lane;
+    op.registers[thread] = mine.registers;
+    op.a_registers[thread] = mine.a_registers;
+    if (mine.a_registers) std::copy_n(mine.a_registers, 4, op.a_issued[thread].begin());
   }
   ++op.warps_here;
   op.knows[w] = release_warp();
 }
 
-void read_unit(const Operand& operand, int row, int unit, float* values, void* pc) {
-  const void* p = from_shared_address(operand.unit(row, unit));
+void read_unit(WgmmaType type, uint32_t address, float* values, void* pc) {
+  const void* p = from_shared_address(address);
   access(p, 16, false, pc, Proxy::async);
   uint16_t bits[8];
   std::memcpy(bits, p, 16);
-  for (int i = 0; i < 8; ++i) values[i] = to_float(bits[i]);
+  for (int i = 0; i < 8; ++i) values[i] = to_float(type, bits[i]);
+}
+
+// mma's fragments of the warp's 16 rows, as they were when the wgmma was issued.
+void read_a_registers(const Op& op, int w, float (&a)[kM][kK]) {
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int i = 0; i < 4; ++i)
+      for (int e = 0; e < 2; ++e) {
+        const int row = 16 * w + lane / 4 + i % 2 * 8, column = lane % 4 * 2 + i / 2 * 8 + e;
+        const uint32_t pair = op.a_issued[size_t(w) * kLanes + lane][i];
+        a[row][column] = to_float(op.what.type, uint16_t(pair >> 16 * e));
+      }
 }
 
 void perform(Warpgroup& group, Op& op) {
   op.done = true;
   const int n = op.what.n;
+  const WgmmaType type = op.what.type;
   const Operand a_at(op.what.a), b_at(op.what.b);
   if (a_at.base_offset || b_at.base_offset)
     fault("wgmma: a base offset other than 0 in a matrix descriptor is not modelled", op.what.pc);
@@ -179,10 +212,20 @@ void perform(Warpgroup& group, Op& op) {
     Warp& warp = group.warps[w];
     if (warp.agent < 0) warp.agent = new_agent("the wgmma of warp " + std::to_string(w) + " of a warpgroup");
     run_agent(warp.agent, op.knows[w], [&] {
+      if (op.what.a_registers) {
+        read_a_registers(op, w, a);
+        for (int k = 0; k < kK; ++k)
+          for (int unit = 0; unit < n / 8; ++unit) {
+            float values[8];
+            read_unit(type, b_at.n_major_unit(k, unit), values, op.what.pc);
+            for (int i = 0; i < 8; ++i) b[8 * unit + i][k] = values[i];
+          }
+        return;
+      }
       for (int row = 16 * w; row < 16 * w + 16; ++row)
-        for (int unit = 0; unit < 2; ++unit) read_unit(a_at, row, unit, &a[row][8 * unit], op.what.pc);
+        for (int unit = 0; unit < 2; ++unit) read_unit(type, a_at.unit(row, unit), &a[row][8 * unit], op.what.pc);
       for (int row = 0; row < n; ++row)
-        for (int unit = 0; unit < 2; ++unit) read_unit(b_at, row, unit, &b[row][8 * unit], op.what.pc);
+        for (int unit = 0; unit < 2; ++unit) read_unit(type, b_at.unit(row, unit), &b[row][8 * unit], op.what.pc);
     });
   }
   for (int t = 0; t < kWarps * kLanes; ++t) {
@@ -224,9 +267,10 @@ void wgmma_fence(void* pc) {
       false, pc);
 }
 
-void wgmma_bf16(float* registers, int n, uint64_t a, uint64_t b, bool accumulate, void* pc) {
+void wgmma(WgmmaType type, float* registers, int n, const uint32_t* a_registers, uint64_t a, uint64_t b,
+           bool accumulate, void* pc) {
   at_thread_exit(check_wgmma_at_exit);
-  Issue issue = {registers, n, a, b, accumulate, pc};
+  Issue issue = {type, registers, n, a_registers, a, b, accumulate, pc};
   warp_collective("wgmma.mma_async", 0xffffffffu, &issue, issue_warp, false, pc);
 }
 
@@ -258,6 +302,12 @@ void wgmma_wait(size_t pending, void* pc) {
         return true;
       },
       pc);
+  for (int i = from; i < target; ++i) {
+    const Op& op = group.ops[i];
+    const uint32_t* registers = op.a_registers[thread_in_group()];
+    if (registers && std::memcmp(registers, op.a_issued[thread_in_group()].data(), 16))
+      fault("wgmma: A's registers were written while a wgmma was in flight on them", op.what.pc);
+  }
   for (int i = from; i < target; ++i)
     if (!group.ops[i].done) perform(group, group.ops[i]);
   warp.waited[lane] = target;

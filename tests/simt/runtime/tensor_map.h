@@ -7,7 +7,7 @@
 
 namespace simt {
 
-constexpr int kMapRank = 3;
+constexpr int kMapRank = 4;
 
 struct EncodedMap {
   static constexpr uint32_t kMagic = 0x70616d74;
@@ -18,7 +18,7 @@ struct EncodedMap {
   uint32_t box[kMapRank];
 
   uint32_t row_bytes() const { return box[0] * element; }
-  uint32_t tile_bytes() const { return row_bytes() * box[1] * box[2]; }
+  uint32_t tile_bytes() const { return row_bytes() * box[1] * box[2] * box[3]; }
 };
 static_assert(sizeof(EncodedMap) <= sizeof(CUtensorMap));
 

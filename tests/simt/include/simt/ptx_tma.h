@@ -8,7 +8,7 @@
 namespace simt {
 
 struct TileAt {
-  int dimensions, x, y, z;
+  int dimensions, x, y, z, w = 0;
 };
 void tma_prefetch(const CUtensorMap* map, void* pc);
 void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, TileAt at, void* pc);
@@ -28,6 +28,9 @@ SIMT_NOINLINE void tma_load_2d(void* to, const CUtensorMap* map, uint64_t* bar, 
 }
 SIMT_NOINLINE void tma_load_3d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y, int z) {
   simt::tma_load(to, map, bar, {3, x, y, z}, SIMT_HERE);
+}
+SIMT_NOINLINE void tma_load_4d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y, int z, int w) {
+  simt::tma_load(to, map, bar, {4, x, y, z, w}, SIMT_HERE);
 }
 SIMT_NOINLINE void tma_store_2d(const CUtensorMap* map, const void* from, int x, int y) {
   simt::tma_store(map, from, {2, x, y, 0}, SIMT_HERE);
