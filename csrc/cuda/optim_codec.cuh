@@ -1,12 +1,12 @@
 // The codecs of slkernels/optim_codec.cuh for a warp: eight elements a lane, tables in shared memory.
 //
 // Decoding is one table of 256 values. It is stored 32 times, a copy a bank, so that 32 lanes with 32 different codes
-// read it in one cycle: the word of `code` for a lane lies at byte code << 8 | codec << 7 | lane << 2, which PRMT builds
-// from the packed codes in one instruction; the codecs of m and v interleave.
+// read it in one cycle: the word of `code` for a lane lies at byte code << 8 | codec << 7 | lane << 2, which PRMT
+// builds from the packed codes in one instruction; the codecs of m and v interleave.
 //
 // Encoding dyn8 is exact with no rare path. y = |x / scale|, correctly rounded, is looked up by its high bits: the
-// intervals that share them are so short (2^-6 or 2^-7 of a binade) that each holds at most one midpoint of the map. Its
-// entry is such that adding the low bits of y carries into the code if y is above that midpoint:
+// intervals that share them are so short (2^-6 or 2^-7 of a binade) that each holds at most one midpoint of the map.
+// Its entry is such that adding the low bits of y carries into the code if y is above that midpoint:
 //     entry + (bits(y) << 7 or 8) = index << 24 | ..        (the entry also takes off the high bits)
 // The correctly rounded quotient costs three operations (Markstein, "Computation of elementary functions on the IBM
 // RISC System/6000 processor", 1990): r = fl(1 / scale); q = fl(x r); y = fl(q + r (x - q scale)), the residue exact.
@@ -164,7 +164,8 @@ __device__ inline uint32_t dyn8_codes(uint32_t t, uint32_t signs) {
 
 template <Codec kCodec>
 __device__ inline Codes<kCodec> codes_of_zero() {
-  constexpr uint32_t kByte = codec::zero_code(kCodec) * (codec::bits(kCodec) == 8 ? 1 : 0x11), kWord = kByte * 0x01010101u;
+  constexpr uint32_t kByte = codec::zero_code(kCodec) * (codec::bits(kCodec) == 8 ? 1 : 0x11),
+                     kWord = kByte * 0x01010101u;
   if constexpr (codec::bits(kCodec) == 8) {
     return {kWord, kWord};
   } else {
@@ -196,7 +197,8 @@ __device__ inline Codes<kCodec> encode8(const uint32_t* table, const float (&x)[
 #pragma unroll
     for (int i = 0; i < kLaneElements; ++i) c[i] = codec::encode<kCodec>(x[i], block);
     if constexpr (codec::bits(kCodec) == 8) {
-      return {uint32_t(c[0] | c[1] << 8 | c[2] << 16 | c[3] << 24), uint32_t(c[4] | c[5] << 8 | c[6] << 16 | c[7] << 24)};
+      return {uint32_t(c[0] | c[1] << 8 | c[2] << 16 | c[3] << 24),
+              uint32_t(c[4] | c[5] << 8 | c[6] << 16 | c[7] << 24)};
     } else {
       return uint32_t(c[1] | c[0] << 4 | c[3] << 8 | c[2] << 12 | c[5] << 16 | c[4] << 20 | c[7] << 24 | c[6] << 28);
     }

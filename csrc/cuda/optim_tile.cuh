@@ -1,5 +1,5 @@
-// How a warp holds quantization blocks: eight elements a lane, so that a block of `block` elements takes block / 8 lanes,
-// and a warp holds several small blocks, one of 256, or a chunk of a larger one at a time.
+// How a warp holds quantization blocks: eight elements a lane, so that a block of `block` elements takes block / 8
+// lanes, and a warp holds several small blocks, one of 256, or a chunk of a larger one at a time.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -166,8 +166,8 @@ __device__ inline Eight<T> rounded(const float (&x)[kLaneElements]) {
 
 // Blocks of at most 256 elements; a larger one is one block of 32 lanes, in chunks.
 struct Lanes {
-  int of_block;  // lanes a block
-  int blocks;    // blocks a warp
+  int of_block;   // lanes a block
+  int blocks;     // blocks a warp
   int group, at;  // this lane is lane `at` of block `group`
 
   __device__ explicit Lanes(int block)

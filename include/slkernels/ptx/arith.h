@@ -12,8 +12,8 @@
 
 namespace slk::ptx {
 
-// prmt.b32 (PTX ISA, "prmt"): byte i of the result is byte `selector >> 4 i & 7` of b:a, or, where bit 3 of that nibble is
-// set, eight copies of its sign. (__byte_perm is documented for three bits a nibble.)
+// prmt.b32 (PTX ISA, "prmt"): byte i of the result is byte `selector >> 4 i & 7` of b:a, or, where bit 3 of that nibble
+// is set, eight copies of its sign. (__byte_perm is documented for three bits a nibble.)
 __device__ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t d;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
@@ -31,7 +31,8 @@ __device__ inline float divide_in_range(float a, float b) {
 }
 
 // 2^48 sqrt(a), rounded to nearest even, for a = 0 and every a in [2^-149, 2^30]: what sqrt.rn does where it does not
-// branch, on 2^96 a, which is a normal number. Adding 2^-80 changes none of those but 0, whose approximate root is then a number.
+// branch, on 2^96 a, which is a normal number. Adding 2^-80 changes none of those but 0, whose approximate root is then
+// a number.
 __device__ inline float root_times_2_48(float a) {
   const float x = __fmul_rn(a, 0x1p96f);
   float y;

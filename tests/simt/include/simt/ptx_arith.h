@@ -17,7 +17,8 @@ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
 
 inline float divide_in_range(float a, float b) {
   const float size = std::fabs(a), q = a / b;
-  if ((size != 0 && !(size >= 0x1p-100f && size <= 0x1p100f)) || !(std::fabs(b) >= 0x1p-100f && std::fabs(b) <= 0x1p100f) ||
+  if ((size != 0 && !(size >= 0x1p-100f && size <= 0x1p100f)) ||
+      !(std::fabs(b) >= 0x1p-100f && std::fabs(b) <= 0x1p100f) ||
       (q != 0 && !(std::fabs(q) >= 0x1p-126f && std::fabs(q) < 0x1p127f)))
     simt::fault("divide_in_range of " + std::to_string(a) + " by " + std::to_string(b), SIMT_HERE);
   return q == 0 ? 0.0f : q;
