@@ -45,7 +45,8 @@ constexpr uint32_t midpoint_bits(int t) {
 template <bool kSigned>
 struct Dyn8EncodeTable {
   using Intervals = Dyn8Intervals<kSigned>;
-  uint32_t entry[Intervals::kCount];
+  static constexpr int kWords = int(round_up(Intervals::kCount, 4));  // copied 16 bytes at a time
+  alignas(16) uint32_t entry[kWords];
 
   constexpr Dyn8EncodeTable() : entry() {
     constexpr int zero = kSigned ? 0 : 1, last = kSigned ? 128 : 256;
@@ -102,13 +103,14 @@ __device__ inline void fill_decode(float* table, int half) {
 }
 
 template <Codec kCodec>
-constexpr int kEncodeWords = kIsDyn8<kCodec> ? Dyn8Intervals<codec::is_signed(kCodec)>::kCount : 0;
+constexpr int kEncodeWords = kIsDyn8<kCodec> ? Dyn8EncodeTable<codec::is_signed(kCodec)>::kWords : 0;
 
 template <Codec kCodec>
 __device__ inline void fill_encode(uint32_t* table) {
   if constexpr (kIsDyn8<kCodec>)
-    for (int i = threadIdx.x; i < kEncodeWords<kCodec>; i += blockDim.x)
-      table[i] = kDyn8Encode<codec::is_signed(kCodec)>.entry[i];
+    for (int i = threadIdx.x * 4; i < kEncodeWords<kCodec>; i += blockDim.x * 4)
+      *reinterpret_cast<uint4*>(table + i) =
+          *reinterpret_cast<const uint4*>(kDyn8Encode<codec::is_signed(kCodec)>.entry + i);
 }
 
 // ---- decode ---------------------------------------------------------------------------------------------------------
@@ -173,18 +175,67 @@ __device__ inline Codes<kCodec> codes_of_zero() {
   }
 }
 
-// The codes of x[0..7]; `block` as codec::block_of made it from the block's largest magnitude, which is finite.
-template <Codec kCodec>
-__device__ inline Codes<kCodec> encode8(const uint32_t* table, const float (&x)[kLaneElements],
-                                        const codec::Block& block) {
-  if constexpr (kIsDyn8<kCodec>) {
+__device__ inline bool dyn8_plain(uint32_t largest) {
+  constexpr uint32_t kLeast = (127u - 70) << 23, kMost = (127u + 100) << 23;
+  return largest - kLeast <= kMost - kLeast;
+}
+
+// A block's scale, and its values' codes, from the bits of its largest magnitude. kPlain: dyn8 and largest in [2^-70,
+// 2^100], far enough from the ends of fp32 for the quotient's residue.
+template <Codec kCodec, bool kPlain = false>
+class BlockCoding {
+ public:
+  __device__ explicit BlockCoding(uint32_t largest) : largest_(largest) {
+    const float size = kPlain || (largest && usable()) ? __uint_as_float(largest) : 1.0f;
+    if constexpr (kIsDyn8<kCodec>) {
+      // x / scale stays the same number (or, where x turns subnormal, far below the smallest code).
+      block_.power = kPlain ? 1.0f : size < 0x1p-70f ? 0x1p100f : size > 0x1p100f ? 0x1p-100f : 1.0f;
+      block_.largest = kPlain ? size : __fmul_rn(size, block_.power);
+      block_.inverse = ptx::divide_in_range(1.0f, block_.largest);
+      scale_ = size;
+    } else {
+      block_ = codec::block_of<kCodec>(size);
+      scale_ = codec::scale_of<kCodec>(size);
+    }
+  }
+
+  // Scale 0 decodes to zeros, scale NaN to NaN.
+  __device__ float scale() const {
+    return kPlain ? scale_ : largest_ == 0 ? 0.0f : usable() ? scale_ : __uint_as_float(0x7fc00000u);
+  }
+
+  __device__ Codes<kCodec> encode(const uint32_t* table, float (&x)[kLaneElements]) const {
+    if constexpr (kIsDyn8<kCodec>) {
+      if constexpr (!kPlain) {
+#pragma unroll
+        for (int i = 0; i < kLaneElements; ++i) x[i] = __fmul_rn(x[i], block_.power);
+      }
+      return encode_dyn8(table, x);
+    } else {
+      int c[kLaneElements];
+#pragma unroll
+      for (int i = 0; i < kLaneElements; ++i) c[i] = codec::encode<kCodec>(usable() ? x[i] : 0.0f, block_);
+      if constexpr (codec::bits(kCodec) == 8) {
+        return {uint32_t(c[0] | c[1] << 8 | c[2] << 16) | uint32_t(c[3]) << 24,
+                uint32_t(c[4] | c[5] << 8 | c[6] << 16) | uint32_t(c[7]) << 24};
+      } else {
+        return uint32_t(c[1] | c[0] << 4 | c[3] << 8 | c[2] << 12 | c[5] << 16 | c[4] << 20 | c[7] << 24) |
+               uint32_t(c[6]) << 28;
+      }
+    }
+  }
+
+ private:
+  __device__ bool usable() const { return largest_ < 0x7f800000u; }
+
+  __device__ uint2 encode_dyn8(const uint32_t* table, const float (&x)[kLaneElements]) const {
     constexpr bool kSigned = codec::is_signed(kCodec);
     uint32_t t[kLaneElements], sign[kLaneElements];
 #pragma unroll
     for (int i = 0; i < kLaneElements; ++i) {
-      sign[i] = __float_as_uint(x[i]);
-      const float scaled = block.power == 1.0f ? x[i] : __fmul_rn(x[i], block.power);
-      t[i] = dyn8_index<kSigned>(table, scaled, block.largest, block.inverse);
+      const float size = kPlain || usable() ? x[i] : 0.0f;
+      sign[i] = __float_as_uint(size);
+      t[i] = dyn8_index<kSigned>(table, size, block_.largest, block_.inverse);
     }
     uint2 codes = {pack_high_bytes(t[0], t[1], t[2], t[3]), pack_high_bytes(t[4], t[5], t[6], t[7])};
     if constexpr (kSigned) {
@@ -192,17 +243,11 @@ __device__ inline Codes<kCodec> encode8(const uint32_t* table, const float (&x)[
       codes.y = dyn8_codes(codes.y, pack_signs(sign[4], sign[5], sign[6], sign[7]));
     }
     return codes;
-  } else {
-    int c[kLaneElements];
-#pragma unroll
-    for (int i = 0; i < kLaneElements; ++i) c[i] = codec::encode<kCodec>(x[i], block);
-    if constexpr (codec::bits(kCodec) == 8) {
-      return {uint32_t(c[0] | c[1] << 8 | c[2] << 16 | c[3] << 24),
-              uint32_t(c[4] | c[5] << 8 | c[6] << 16 | c[7] << 24)};
-    } else {
-      return uint32_t(c[1] | c[0] << 4 | c[3] << 8 | c[2] << 12 | c[5] << 16 | c[4] << 20 | c[7] << 24 | c[6] << 28);
-    }
   }
-}
+
+  uint32_t largest_;
+  float scale_;
+  codec::Block block_;
+};
 
 }  // namespace slk::cuda

@@ -55,19 +55,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksAMultiprocessor) quantize_ker
       for (int i = 0; i < kLaneElements; ++i) largest = max(largest, __float_as_uint(x[i]) & 0x7fffffffu);
     }
     largest = lanes.max(largest);
-    const bool empty = largest == 0, usable = !empty && largest < kInfinityBits;
-    const float size = usable ? __uint_as_float(largest) : 1.0f;
-    if (lanes.at == 0 && start < a.n && !lanes.idle())
-      a.scale[b + lanes.group] = usable ? codec::scale_of<kCodec>(size) : empty ? 0.0f : __uint_as_float(0x7fc00000u);
-    const codec::Block coding = codec::block_of<kCodec>(size);
+    const BlockCoding<kCodec> coding(largest);
+    if (lanes.at == 0 && !lanes.idle() && start < a.n) a.scale[b + lanes.group] = coding.scale();
     for (int chunk = 0; chunk < a.block; chunk += kChunkElements) {
       const Part part = part_of(a.n, start + chunk + lanes.at * kLaneElements, end);
       if (a.block > kChunkElements) load_values<kCodec>(a, part, x);
-#pragma unroll
-      for (int i = 0; i < kLaneElements; ++i) x[i] = usable ? x[i] : 0.0f;
-      const Codes<kCodec> codes = usable ? encode8<kCodec>(table, x, coding) : codes_of_zero<kCodec>();
       store_codes<kCodec>(a.codes, part.first, part.count,
-                          part.count == kLaneElements && can_move_codes<kCodec>(a.codes), codes);
+                          part.count == kLaneElements && can_move_codes<kCodec>(a.codes), coding.encode(table, x));
     }
   }
 }

@@ -12,16 +12,25 @@ namespace slk::cuda {
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr int kChunkElements = kLanes * kLaneElements;
 
+// Says that p is global memory, where it has been an integer: else the compiler takes the slower generic loads.
+template <class T>
+__device__ inline T* global(T* p) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(p));
+#endif
+  return p;
+}
+
 // ---- memory ---------------------------------------------------------------------------------------------------------
 
 // Eight neighbouring elements, as they lie in memory.
 template <class T>
-struct Eight {
+struct __align__(sizeof(T) == 1 ? 8 : 16) Eight {
   static constexpr int kWords = int(sizeof(T)) * kLaneElements / 4;
   uint32_t word[kWords];
 };
 template <class T>
-__device__ inline bool can_move_whole(const T* p) {
+__host__ __device__ inline bool can_move_whole(const T* p) {
   constexpr uintptr_t kBytes = sizeof(T) * kLaneElements < 16 ? sizeof(T) * kLaneElements : 16;
   return reinterpret_cast<uintptr_t>(p) % kBytes == 0;
 }
@@ -92,6 +101,16 @@ __device__ inline void store8(T* p, const Eight<T>& x, int count, bool whole) {
   }
 }
 
+// Eight number `unit` of an aligned array. A 32-bit unit makes the address one multiply-add.
+template <class T>
+__device__ inline Eight<T> load_unit(const T* array, uint32_t unit) {
+  return load8(reinterpret_cast<const T*>(reinterpret_cast<const Eight<T>*>(array) + unit), kLaneElements, true);
+}
+template <class T>
+__device__ inline void store_unit(T* array, uint32_t unit, const Eight<T>& x) {
+  store8(reinterpret_cast<T*>(reinterpret_cast<Eight<T>*>(array) + unit), x, kLaneElements, true);
+}
+
 // Codes of the `count` elements from `first` on, a multiple of 8; absent ones read as 0, and the absent low half of a
 // last byte is written as 0.
 template <Codec kCodec>
@@ -125,7 +144,15 @@ __device__ inline void store_codes(uint8_t* codes, int64_t first, int count, boo
   }
 }
 template <Codec kCodec>
-__device__ inline bool can_move_codes(const uint8_t* p) {
+__device__ inline Codes<kCodec> load_codes_unit(const void* codes, uint32_t unit) {
+  return global(static_cast<const Codes<kCodec>*>(codes))[unit];
+}
+template <Codec kCodec>
+__device__ inline void store_codes_unit(void* codes, uint32_t unit, const Codes<kCodec>& x) {
+  global(static_cast<Codes<kCodec>*>(codes))[unit] = x;
+}
+template <Codec kCodec>
+__host__ __device__ inline bool can_move_codes(const uint8_t* p) {
   return reinterpret_cast<uintptr_t>(p) % sizeof(Codes<kCodec>) == 0;
 }
 
@@ -188,6 +215,19 @@ struct Lanes {
     return __shfl_sync(kAllLanes, value, threadIdx.x % kLanes - at);
   }
 };
+
+// max() for a number of lanes that the compiler knows.
+template <int kOfBlock>
+__device__ inline uint32_t max_of_lanes(uint32_t value) {
+  static_assert(kLanes % kOfBlock == 0);
+  if constexpr (kOfBlock == kLanes) {
+    return __reduce_max_sync(kAllLanes, value);
+  } else {
+#pragma unroll
+    for (int step = 1; step < kOfBlock; step *= 2) value = max(value, __shfl_xor_sync(kAllLanes, value, step));
+    return value;
+  }
+}
 
 // One block or chunk as a lane sees it.
 struct Part {

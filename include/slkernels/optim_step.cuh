@@ -60,11 +60,28 @@ struct StepOptions {  // host scalars of a call
   bool decoupled;
 };
 
+// x^t for a step t, by squaring: pow() is another function on every device. Its error is below t units in the last place.
+SLK_HD inline double power(double x, float t) {
+  double result = 1;
+  for (uint64_t n = t > 0 ? uint64_t(t) : 0; n; n >>= 1, x = x * x)
+    if (n & 1) result = result * x;
+  return result;
+}
+// 1 - a b, with the product rounded: no compiler fuses it.
+SLK_HD inline double one_minus_product(double a, double b) {
+#if defined(__CUDA_ARCH__)
+  return __dsub_rn(1, __dmul_rn(a, b));
+#else
+  const volatile double product = a * b;
+  return 1 - product;
+#endif
+}
+
 // t, lr, grad_scale, beta3, alpha: what the device tensors hold (beta3, alpha: AdEMAMix only).
 SLK_HD inline StepScalars step_scalars(const StepOptions& o, float t, float lr, float grad_scale, float beta3,
                                        float alpha) {
   StepScalars s;
-  const double bias1 = 1 - pow(o.beta1, double(t)), bias2 = 1 - pow(o.beta2, double(t));
+  const double bias1 = one_minus_product(power(o.beta1, t), 1), bias2 = one_minus_product(power(o.beta2, t), 1);
   s.beta1 = float(o.beta1);
   s.one_minus_beta1 = float(1 - o.beta1);
   s.beta2 = float(o.beta2);
@@ -73,7 +90,7 @@ SLK_HD inline StepScalars step_scalars(const StepOptions& o, float t, float lr, 
   s.one_minus_beta3 = float(1 - double(beta3));
   s.alpha = alpha;
   s.eps = float(o.eps);
-  s.decay = float(o.decoupled ? 1 - double(lr) * o.weight_decay : 1.0);
+  s.decay = float(o.decoupled ? one_minus_product(double(lr), o.weight_decay) : 1.0);
   s.l2 = float(o.decoupled ? 0.0 : o.weight_decay);
   s.minus_step = float(o.rule == Rule::adam ? -double(lr) / bias1 : -double(lr));
   s.inv_bias1 = float(1 / bias1);
