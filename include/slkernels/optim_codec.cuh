@@ -5,8 +5,8 @@
 // A block is stored as one fp32 `scale` and a code for each element; A = the largest |x| of the block.
 //
 //   codec    bits  scale           x is decoded as      code of x
-//   dyn8     8     A               scale value(code)    nearest of the map to fl(x / A), ties to the smaller magnitude
-//   dyn8u    8     A               scale value(code)    the same; x < 0 counts as 0
+//   dyn8     8     A               scale value(code) *  nearest of the map to fl(x / A), ties to the smaller magnitude
+//   dyn8u    8     A               scale value(code) *  the same; x < 0 counts as 0
 //   lin8     8     A / 127         scale q              q = rint(x inv),  inv = fl(127 / A);  q as int8
 //   lin8u    8     A / 255         scale q              q = rint(x inv),  inv = fl(255 / A);  at least 1 where x > 0
 //   cmp8     8     A               scale q/(254 - |q|)  q = rint(fl(x / fma(|x|, 1/254, A/254)));  q as int8
@@ -16,6 +16,8 @@
 //   lin4u    4     A               scale (code + 1)/16  code + 1 = rint(x inv), at least 1,  inv = fl(16 / A)
 //   fp8      8     A / 448         scale e4m3(code)     fl(x inv) to e4m3, nearest even,  inv = fl(448 / A)
 //   fp8u     8     A / 448         scale e4m3(code)     the same; at least 1 (the smallest subnormal) where x > 0
+//
+// * dequantize_block; the steps decode dyn8 and dyn8u with one FMA instead: decode_in_step().
 //
 // rint is to nearest even. Every product, quotient and root above is one fp32 operation. All encoders but dyn8's and
 // cmp8u's see x and A times 2^100 where A < 2^-100, times 2^-100 where A > 2^100, so that inv is a normal number.
@@ -169,6 +171,27 @@ SLK_HD inline int nearest_dynamic(float y, int t) {
   while (t > first && twice <= double(dynamic_value<kSigned>(t - 1)) + dynamic_value<kSigned>(t)) --t;
   while (t < last && twice > double(dynamic_value<kSigned>(t)) + dynamic_value<kSigned>(t + 1)) ++t;
   return t;
+}
+
+// What the steps decode with: one FMA, value(t) scale = fma(t, fl(slope scale), fl(offset scale)), within 2e-6 of the
+// map (its roundings of linspace are the difference), exact at 0 and, signed, at +-A. slope and offset depend on the
+// slot of t: the low three exponent bits and the top mantissa bit of float(t), so that a table has 16 entries. In the
+// slots with two magnitudes, 0 and 2 (unsigned: 1 and 256), the line goes through both.
+SLK_HD inline int dynamic_slot(int t) {
+  return int(bits_of(float(t)) >> 22 & 15);
+}
+struct Line {
+  float slope, offset;
+};
+template <bool kSigned>
+SLK_HD constexpr Line dynamic_line(int slot) {
+  const int e = kSigned ? (slot / 2 + 1) % 8 : slot / 2 + 1;  // float(2^e) has the exponent field 127 + e
+  if (kSigned && slot == 0) return {dynamic_value<true>(2) / 2, 0.0f};
+  if (kSigned && e == 7) return {0x1p-7f, 0.0f};
+  if (!kSigned && e == 8) return {float(1.0 / 255), -float(1.0 / 255)};
+  double power = 1e-6;
+  for (int i = 0; i < (kSigned ? e : e - 1); ++i) power *= 10;
+  return {float(0.9 * power / (1 << e)), float(power * (0.45 / (1 << e) - 0.8))};
 }
 
 // ---- dyn4 -----------------------------------------------------------------------------------------------------------
@@ -387,6 +410,17 @@ SLK_HD inline float decode(int code, float scale) {
     t = negative ? -q : q;
   }
   const float x = multiply(value_of<kCodec>(t), scale);
+  return negative ? -x : x;
+}
+
+// As the steps decode: dyn8 and dyn8u by dynamic_line(), the others by decode().
+template <Codec kCodec>
+SLK_HD inline float decode_in_step(int code, float scale) {
+  if (kCodec != Codec::dyn8 && kCodec != Codec::dyn8u) return decode<kCodec>(code, scale);
+  const bool negative = kCodec == Codec::dyn8 && code < 127;
+  const int t = kCodec == Codec::dyn8u ? code + 1 : negative ? 127 - code : code - 127;
+  const Line line = dynamic_line<kCodec == Codec::dyn8>(dynamic_slot(t));
+  const float x = fused(float(t), multiply(line.slope, scale), multiply(line.offset, scale));
   return negative ? -x : x;
 }
 
