@@ -1,6 +1,6 @@
 // The codecs of slkernels/optim_codec.cuh for a warp: eight elements a lane, tables in shared memory.
 //
-// Decoding is one table of 256 values. It is stored 32 times, a copy a bank, so that 32 lanes with 32 different codes
+// Decoding is a table of 256 values, stored 32 times, a copy a bank, so that 32 lanes with 32 different codes
 // read it in one cycle: the word of `code` for a lane lies at byte code << 8 | codec << 7 | lane << 2, which PRMT
 // builds from the packed codes in one instruction; the codecs of m and v interleave.
 //
@@ -102,6 +102,24 @@ __device__ inline void fill_decode(float* table, int half) {
   }
 }
 
+// The same for the steps' decoding: dyn8's lines take the place of its values.
+template <Codec kCodec>
+__device__ inline void fill_step_decode(float* table, int half) {
+  if constexpr (kIsDyn8<kCodec>) {
+    constexpr bool kSigned = kCodec == Codec::dyn8;
+    constexpr int kCopies = kLanes / 2;
+    auto* lines = reinterpret_cast<float2*>(table);
+    for (int i = threadIdx.x; i < 256 * kCopies; i += blockDim.x) {
+      const int code = i / kCopies, t = !kSigned ? code + 1 : code < 127 ? 127 - code : code - 127;
+      const codec::Line line = codec::dynamic_line<kSigned>(codec::dynamic_slot(t));
+      lines[(code * 2 + half) * kCopies + i % kCopies] =
+          make_float2(line.slope, kSigned && code < 127 ? -line.offset : line.offset);
+    }
+  } else {
+    fill_decode<kCodec>(table, half);
+  }
+}
+
 template <Codec kCodec>
 constexpr int kEncodeWords = kIsDyn8<kCodec> ? Dyn8EncodeTable<codec::is_signed(kCodec)>::kWords : 0;
 
@@ -132,6 +150,27 @@ __device__ inline float decode_one(const float* table, const Codes<kCodec>& code
                                    float scale) {
   const float x = __fmul_rn(look_up(table, codes, i, lane_bytes), scale);
   return kCodec == Codec::cmp8u ? __fmul_rn(x, x) : x;
+}
+
+// Where fill_step_decode put what a lane reads: its lane_bytes.
+template <Codec kCodec>
+__device__ inline uint32_t step_lane_bytes(int half) {
+  const uint32_t lane = threadIdx.x % kLanes;
+  return (kIsDyn8<kCodec> ? lane % (kLanes / 2) * 8 : lane * 4) + 4 * kLanes * half;
+}
+template <Codec kCodec>
+__device__ inline float step_decode_one(const float* table, const Codes<kCodec>& codes, int i, uint32_t lane_bytes,
+                                        float scale) {
+  if constexpr (kIsDyn8<kCodec>) {
+    const uint32_t word = i < 4 ? codes.x : codes.y;
+    const uint32_t at = ptx::prmt(word, lane_bytes, 0x5504 | (i % 4) << 4);
+    const float2 line = *reinterpret_cast<const float2*>(reinterpret_cast<const char*>(table) + at);
+    const float shifted = __uint_as_float(ptx::prmt(word, 0x4b000000, 0x7440 | i % 4));  // 2^23 + code
+    const float t = kCodec == Codec::dyn8 ? shifted - (0x1p23f + 127) : shifted - (0x1p23f - 1);
+    return __fmaf_rn(t, __fmul_rn(line.x, scale), __fmul_rn(line.y, scale));
+  } else {
+    return decode_one<kCodec>(table, codes, i, lane_bytes, scale);
+  }
 }
 
 // ---- encode ---------------------------------------------------------------------------------------------------------
@@ -214,7 +253,8 @@ class BlockCoding {
     } else {
       int c[kLaneElements];
 #pragma unroll
-      for (int i = 0; i < kLaneElements; ++i) c[i] = codec::encode<kCodec>(usable() ? x[i] : 0.0f, block_);
+      for (int i = 0; i < kLaneElements; ++i)
+        c[i] = codec::encode<kCodec>(largest_ && usable() ? x[i] : 0.0f, block_);  // -0 has a code of its own in fp8
       if constexpr (codec::bits(kCodec) == 8) {
         return {uint32_t(c[0] | c[1] << 8 | c[2] << 16) | uint32_t(c[3]) << 24,
                 uint32_t(c[4] | c[5] << 8 | c[6] << 16) | uint32_t(c[7]) << 24};
@@ -248,6 +288,38 @@ class BlockCoding {
   uint32_t largest_;
   float scale_;
   codec::Block block_;
+};
+
+// ---- the tables of a step -------------------------------------------------------------------------------------------
+
+template <Codec kM, bool kHasV = true>
+struct StepTables {
+  static constexpr Codec kV = codec::second_moment(kM);
+  static constexpr int kWords = kDecodeWords<kM> + kEncodeWords<kM> + kEncodeWords<kV>;
+  float* decode;
+  uint32_t *encode_m, *encode_v;
+  uint32_t m_lane, v_lane;  // lane_bytes
+
+  __device__ explicit StepTables(uint32_t* words)
+      : decode(reinterpret_cast<float*>(words)),
+        encode_m(words + kDecodeWords<kM>),
+        encode_v(encode_m + kEncodeWords<kM>),
+        m_lane(step_lane_bytes<kM>(0)),
+        v_lane(step_lane_bytes<kV>(1)) {}
+  __device__ void fill() const {
+    fill_step_decode<kM>(decode, 0);
+    fill_encode<kM>(encode_m);
+    if constexpr (kHasV) {
+      fill_step_decode<kV>(decode, 1);
+      fill_encode<kV>(encode_v);
+    }
+  }
+  __device__ float m(const Codes<kM>& codes, int i, float scale) const {
+    return step_decode_one<kM>(decode, codes, i, m_lane, scale);
+  }
+  __device__ float v(const Codes<kV>& codes, int i, float scale) const {
+    return step_decode_one<kV>(decode, codes, i, v_lane, scale);
+  }
 };
 
 }  // namespace slk::cuda

@@ -38,6 +38,36 @@ __device__ void load_values(const QuantizeArgs& a, const Part& part, float (&x)[
   });
 }
 
+// The codes of eight elements, rounded stochastically. One element at a time, the first of `x`, which then moves up:
+// the search of the scalar codec is too long to have eight of it.
+template <Codec kCodec>
+__device__ Codes<kCodec> encode_stochastic(const int64_t* random, int64_t first, uint32_t largest,
+                                           float (&x)[kLaneElements]) {
+  if (largest == 0 || largest >= kInfinityBits) return codes_of_zero<kCodec>();
+  const codec::Block block = codec::block_of<kCodec>(__uint_as_float(largest));
+  const float scale = codec::scale_of<kCodec>(__uint_as_float(largest));
+  const RoundingBits source = {uint64_t(random[0]), uint32_t(random[1])};
+  Philox bits = source.draw(0, first / kLaneElements);
+  constexpr int kBits = codec::bits(kCodec);
+  uint64_t packed = 0;
+#pragma unroll 1
+  for (int i = 0; i < kLaneElements; ++i) {
+    const uint32_t draw = bits.word[0] >> i % 2 * 16 & 0xffffu;
+    const auto code = uint64_t(codec::encode_stochastic<kCodec>(x[0], block, scale, draw));
+    packed |= code << (kBits == 8 ? 8 * i : (i ^ 1) * 4);  // of two halves the high one comes first
+#pragma unroll
+    for (int j = 0; j + 1 < kLaneElements; ++j) x[j] = x[j + 1];
+    if (i % 2)
+#pragma unroll
+      for (int j = 0; j < 3; ++j) bits.word[j] = bits.word[j + 1];
+  }
+  if constexpr (kBits == 8) {
+    return {uint32_t(packed), uint32_t(packed >> 32)};
+  } else {
+    return uint32_t(packed);
+  }
+}
+
 template <Codec kCodec>
 __global__ void __launch_bounds__(kThreads, kBlocksAMultiprocessor) quantize_kernel(QuantizeArgs a) {
   uint32_t* table = dynamic_shared<uint32_t>();  // [kEncodeWords]
@@ -60,8 +90,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksAMultiprocessor) quantize_ker
     for (int chunk = 0; chunk < a.block; chunk += kChunkElements) {
       const Part part = part_of(a.n, start + chunk + lanes.at * kLaneElements, end);
       if (a.block > kChunkElements) load_values<kCodec>(a, part, x);
+      const Codes<kCodec> codes =
+          a.random ? encode_stochastic<kCodec>(a.random, part.first, largest, x) : coding.encode(table, x);
       store_codes<kCodec>(a.codes, part.first, part.count,
-                          part.count == kLaneElements && can_move_codes<kCodec>(a.codes), coding.encode(table, x));
+                          part.count == kLaneElements && can_move_codes<kCodec>(a.codes), codes);
     }
   }
 }

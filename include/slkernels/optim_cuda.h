@@ -10,6 +10,23 @@
 
 namespace slk::cuda {
 
+struct Moment {
+  void* data;    // codes, or fp32 where scale is null
+  float* scale;  // [ceil(n / block)]
+};
+
+struct StepTensor {
+  void* p;        // parameters; null for a direction
+  void* out;      // the direction, or null
+  const void* g;  // of p's dtype
+  Moment m, v, slow;
+  void* low;     // int16 or int8 remainders of bf16 parameters, or null
+  int low_bits;  // 16 or 8
+  int64_t n;
+  DType dtype, out_dtype;
+  uint32_t index;  // in its list: a word of the random numbers' counter
+};
+
 // x [n] of a floating type -> codes (two a byte where the codec has 4 bits), scale [ceil(n / block)].
 struct QuantizeArgs {
   Codec codec;
@@ -17,6 +34,7 @@ struct QuantizeArgs {
   const void* x;
   int64_t n;
   int block;
+  const int64_t* random;  // [2], in device memory: RoundingBits{seed, step} of stochastic rounding; null: nearest
   uint8_t* codes;
   float* scale;
 };
@@ -33,32 +51,18 @@ struct DequantizeArgs {
 };
 cudaError_t launch_dequantize(const DequantizeArgs&, cudaStream_t);
 
-// One tensor of a step. m and v are codes, or fp32 where m_scale is null.
-struct StepTensor {
-  void* p;
-  const void* g;
-  void *m, *v;
-  float *m_scale, *v_scale;  // [ceil(n / block)]
-  void* master_lo;           // int8 or int16 [n], or null
-  int64_t n;
-  DType dtype;  // of p and g
-};
-
-enum class MasterBits : int { none, low8, low16 };
-
 // Everything that a step reads besides its tensors. Pointers are to device memory, read by the kernel; null: absent.
 struct StepArgs {
   StepOptions options;
   Codec codec;  // of m
   int block;
-  MasterBits master;
-  bool stochastic;  // parameters are rounded stochastically, with the bits of RoundingBits{*seed, *step}
-  const float *step, *lr, *grad_scale, *found_inf;
-  const int64_t* seed;
-  int64_t* nonfinite;  // incremented by the number of elements whose moments were kept
+  const float *step, *lr, *beta3, *alpha, *grad_scale, *found_inf;
+  const int64_t* random;  // [2]: RoundingBits{seed, step} of stochastic rounding; null: nearest
+  int64_t* nonfinite;     // incremented by the number of elements whose moments were kept
 };
 
-// One launch for all tensors of a dtype, unless they are more than fit a kernel's arguments.
-cudaError_t launch_adam(const StepTensor* tensors, int64_t count, const StepArgs&, cudaStream_t);
+// adam_q_, adam_q_dir_, ademamix_q_, momentum_q_: one launch for all tensors of a dtype, unless they are more than fit
+// a kernel's arguments.
+cudaError_t launch_step(const StepTensor* tensors, int64_t count, const StepArgs&, cudaStream_t);
 
 }  // namespace slk::cuda

@@ -19,6 +19,7 @@ struct Case {
   DType dtype;
   int block;
   int offset;  // elements by which the buffers are misaligned
+  bool stochastic = false;
 };
 
 void report(const char* what, Codec codec, const Case& c, int64_t n, int64_t i, double got, double want) {
@@ -42,8 +43,13 @@ void check(const std::vector<float>& values, const Case& c) {
   uint8_t* const out_at = out.get() + c.offset * numbers::bytes(c.dtype);
   for (int64_t i = 0; i < n; ++i) numbers::store(c.dtype, x_at, i, values[i]);
 
-  if (cuda::launch_quantize({kCodec, c.dtype, x_at, n, c.block, codes.get() + c.offset, scale.get()}, nullptr) !=
-          cudaSuccess ||
+  simt::Buffer<int64_t> random(2);
+  random[0] = 0x123456789abcdefLL;
+  random[1] = 5;
+  const RoundingBits rounding = {uint64_t(random[0]), uint32_t(random[1])};
+  if (cuda::launch_quantize({kCodec, c.dtype, x_at, n, c.block, c.stochastic ? random.get() : nullptr,
+                             codes.get() + c.offset, scale.get()},
+                            nullptr) != cudaSuccess ||
       cuda::launch_dequantize({kCodec, c.dtype, codes.get() + c.offset, scale.get(), n, c.block, out_at}, nullptr) !=
           cudaSuccess)
     report("launch", kCodec, c, n, 0, 0, 0);
@@ -65,7 +71,9 @@ void check(const std::vector<float>& values, const Case& c) {
     const codec::Block coding = codec::block_of<kCodec>(size);
     for (int64_t i = b * c.block; i < end; ++i) {
       const int code = code_at(kCodec, codes.get() + c.offset, i);
-      const int want = usable ? codec::encode<kCodec>(at(i), coding) : codec::zero_code(kCodec);
+      const int want = !usable        ? codec::zero_code(kCodec)
+                       : c.stochastic ? codec::encode_stochastic<kCodec>(at(i), coding, want_scale, rounding(0, i))
+                                      : codec::encode<kCodec>(at(i), coding);
       if (code != want) report("code", kCodec, c, n, i, code, want);
       float back = codec::decode<kCodec>(code, scale[b]);
       numbers::store(c.dtype, &back, 0, back);
@@ -74,7 +82,7 @@ void check(const std::vector<float>& values, const Case& c) {
         report("value", kCodec, c, n, i, got, numbers::load(c.dtype, &back, 0));
     }
   }
-  if (kCodec == Codec::dyn4 && n % 2 && (codes[c.offset + n / 2] & 15)) report("last half", kCodec, c, n, n, 0, 0);
+  if (codec::bits(kCodec) == 4 && n % 2 && (codes[c.offset + n / 2] & 15)) report("last half", kCodec, c, n, n, 0, 0);
 }
 
 // Special blocks, all decades, and every size of the last block.
@@ -98,6 +106,7 @@ void check_all() {
       check<kCodec>(hard(9 * block + (block == 256 ? 5 : block - 1), block, 5), {dtype, block, 0});
   for (const int64_t n : {1, 7, 8, 255, 257}) check<kCodec>(hard(n, 256, uint64_t(n)), {DType::bf16, 256, 1});
   check<kCodec>({}, {DType::f32, 256, 0});
+  for (const int block : {48, 256, 272}) check<kCodec>(hard(7 * block + 3, block, 9), {DType::f32, block, 0, true});
 }
 
 // Every midpoint of dyn8, and the fp32 numbers around it, in blocks whose scale is `largest`.

@@ -1,8 +1,0 @@
-// adam_q_ with the moments in cmp8: optim_adam.cuh.
-#include "cuda/optim_adam.cuh"
-
-namespace slk::cuda {
-
-SLK_ADAM_OF_CODEC(Codec::cmp8)
-
-}  // namespace slk::cuda
