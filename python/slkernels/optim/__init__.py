@@ -1,6 +1,6 @@
 """Optimizers with quantized state: :class:`AdamW8bit`, :func:`per_layer`, and the ops below them."""
 
-from .adamw8bit import AdamW8bit
+from .adam import AdamW8bit
 from .clip import clip_coef, global_norm_sq, grad_norm_sq
 from .ops import adam_q_, dequantize_block, quantize_block
 from .per_layer import PerLayerOptimizer, per_layer
