@@ -149,14 +149,16 @@ def test_global_norm_clip_in_two_passes(make, accumulation):
         assert same_weights(b, before) and all(p.grad is None for p in b.parameters())
         norm = nn.utils.get_total_norm([p.grad for p in a.parameters() if p.grad is not None])
         torch.testing.assert_close(layered.grad_norm, norm, rtol=1e-5, atol=0)
+        divisor = layered._divisor.clone()
+        torch.testing.assert_close(divisor, norm / 0.3, rtol=1e-5, atol=0)
         assert norm > 0.3
         for p in a.parameters():
             if p.grad is not None and make is torch_adamw:
-                p.grad.div_((layered.grad_norm + 1e-6) / 0.3)
+                p.grad.div_(divisor)
         for micro in range(accumulation):
             backward(b, 10 * step + micro, use_sometimes(step, micro))
         if make is make_optimizer:
-            whole.step(grad_scale=(layered.grad_norm + 1e-6) / 0.3)
+            whole.step(grad_scale=divisor)
         else:
             whole.step()
         layered.step(), whole.zero_grad()

@@ -255,7 +255,7 @@ def per_layer(
 
     A module is one that owns parameters itself; the tensors of a Linear go in one call. A tied tensor belongs to the
     first module that has it and is updated once. A parameter without a gradient is left alone, as by a global step.
-    Works under FSDP2 (``fully_shard``; every pass must reduce gradients, as by default). ``torch.amp.GradScaler``, which
+    Works under FSDP2 (``fully_shard``; every pass must reduce gradients, the default). ``torch.amp.GradScaler``, which
     needs all gradients at once, cannot work; nor can DDP, which averages gradients too late.
 
     Clipping: by the norm of each module's gradients (``max_layer_norm``), free; or by the norm of all
