@@ -225,7 +225,8 @@ def _from_bitsandbytes(optimizer: QuantizedOptimizer, group: State, p: Tensor, s
         if not torch.allclose(source[f"qmap{index}"].cpu(), _dynamic_map(moments[0].signed), rtol=1e-6, atol=0):
             raise ValueError(f"qmap{index} is not bitsandbytes' dynamic map")
         shape = scale_shape(p.shape, group["block_size"])
-        scales = source["absmax" + index].reshape(len(moments), -1)
+        scales = source["absmax" + index]
+        scales = list(scales) if len(moments) > 1 else [scales]
         for moment, scale in zip(moments, scales, strict=True):
             state[moment.key + "_scale"] = scale.view(shape) if scale.numel() == math.prod(shape) else scale
     return state

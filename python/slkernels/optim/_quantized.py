@@ -80,9 +80,6 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
     Attributes:
         max_grad_norm: clip gradients to this global norm, or None. See :meth:`step`.
-        grad_norm: the norm that the last step clipped by, a 0-d tensor; None before.
-        nonfinite: int64, 0-d: elements whose moments were kept because a gradient was NaN, infinite or too large,
-            counted on the device since the optimizer was made; None before the first step.
         state_dict_format: what :meth:`state_dict` writes when it is not told: ``"slkernels"`` at first.
     """
 
@@ -103,8 +100,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         self.max_grad_norm = defaults.pop("max_grad_norm")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"{type(self).__name__}: max_grad_norm is out of range: {self.max_grad_norm}")
-        self.grad_norm: Tensor | None = None
-        self.nonfinite: Tensor | None = None
+        # A dict, because torch.compile keeps what is put into one, but drops what is assigned to an optimizer.
+        self._measured: dict[str, Tensor] = {}
         self.state_dict_format = "slkernels"
         self._forget()
         super().__init__(params, defaults)
@@ -146,12 +143,23 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         self._lrs: dict[int, tuple[float, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("max_grad_norm", "grad_norm", "nonfinite", "state_dict_format")
+        kept = ("max_grad_norm", "state_dict_format", "_measured")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm that the last step clipped by, float32, 0-d; None before."""
+        return self._measured.get("grad_norm")
+
+    @property
+    def nonfinite(self) -> Tensor | None:
+        """How many elements, since the optimizer was made, kept their moments because the gradient was NaN, infinite or
+        too large: int64, 0-d, counted on the device; None before the first step."""
+        return self._measured.get("nonfinite")
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
@@ -193,9 +201,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             if not params:
                 continue
             lr = self._lr_tensor(index, group["lr"], params[0].device)
-            if self.nonfinite is None or self.nonfinite.device != lr.device:
-                self.nonfinite = torch.zeros((), dtype=torch.int64, device=lr.device)
-            scales["nonfinite"] = self.nonfinite
+            if "nonfinite" not in self._measured:
+                self._measured["nonfinite"] = torch.zeros((), dtype=torch.int64, device=lr.device)
+            scales["nonfinite"] = self._measured["nonfinite"]
             plan = self._cached_plan(index, group, params)
             for step in plan.steps:
                 step.add_(1 if found_inf is None else (found_inf.reshape(()) == 0))
@@ -213,7 +221,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         scale = None if grad_scale is None else grad_scale.to(norm_sq.device).reshape(())
         if scale is not None:
             norm_sq = norm_sq / scale.square()
-        self.grad_norm = norm_sq.sqrt()
+        self._measured["grad_norm"] = norm_sq.sqrt()
         divisor = clip_coef(norm_sq, self.max_grad_norm)
         skip = (~divisor.isfinite()).float()
         return {
