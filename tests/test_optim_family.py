@@ -296,3 +296,22 @@ def test_muon_found_inf_does_not_decay():
     params[0].grad[3, 3] = float("inf")
     optimizer.step()
     assert all(same_bits(p.detach(), q) for p, q in zip(params, before, strict=True))
+
+
+# ---- what docs/optimizers.md says -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, state_bytes",
+    [("AdamW8bit", 2.03125), ("AdamW8bit-cmp8", 2.25), ("AdamW4bit", 1.0625), ("AdamWFp8", 2.03125)]
+    + [("Adam8bit", 2.03125), ("Lion8bit", 1.015625), ("SGD8bit", 1.015625), ("AdEMAMix8bit", 3.046875)]
+    + [("Muon8bit", 1.015625)],
+)
+def test_bytes_of_state(name, state_bytes):
+    params = [torch.nn.Parameter(torch.zeros(256, 512))]
+    optimizer = make(name, params)
+    params[0].grad = torch.ones(256, 512)
+    optimizer.step()
+    state = optimizer.state[params[0]]
+    held = sum(value.numel() * value.element_size() for key, value in state.items() if key != "step")
+    assert held == state_bytes * params[0].numel()
