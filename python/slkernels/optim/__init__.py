@@ -1,5 +1,6 @@
 """Optimizers with quantized state, :func:`per_layer`, and the ops below them."""
 
+from ._quantized import Options, QuantizedOptimizer
 from .adam import Adam8bit, AdamW4bit, AdamW8bit, AdamWFp8
 from .ademamix import AdEMAMix8bit
 from .clip import clip_coef, global_norm_sq, grad_norm_sq
@@ -16,7 +17,9 @@ __all__ = [
     "AdamWFp8",
     "Lion8bit",
     "Muon8bit",
+    "Options",
     "PerLayerOptimizer",
+    "QuantizedOptimizer",
     "SGD8bit",
     "adam_q_",
     "adam_q_dir_",
