@@ -16,7 +16,7 @@ def make_params(sizes=((128, 64), (64,), (5000,)), dtype=torch.float32, seed=0):
 
 def set_grads(params, seed):
     for i, p in enumerate(params):
-        p.grad = random_tensor(*p.shape, seed=1000 * seed + i, decades=3.0).to(p.dtype)
+        p.grad = random_tensor(*p.shape, seed=1000 * seed + i, decades=3.0).to(p)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

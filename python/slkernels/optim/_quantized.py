@@ -51,10 +51,12 @@ class Launch:
 
     @property
     def params(self) -> list[Tensor]:
+        """What the kernels write: this rank's parts."""
         return [local(p) for p in self.whole] if self._sharded else self.whole
 
     @property
     def grads(self) -> list[Tensor]:
+        """This rank's parts of the gradients, laid out as the parameters are."""
         if not self._sharded:
             return [p.grad for p in self.whole]
         return [local(p.grad if _alike(p) else p.grad.redistribute(placements=p.placements)) for p in self.whole]
@@ -75,8 +77,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     """What they share: state, launches, clipping, checkpoints. A subclass names its moments and makes the call.
 
     One call of an op a parameter group. Works with LR schedulers, ``torch.amp.GradScaler``, closures, DDP, FSDP2
-    (``fully_shard``) and ``torch.compile``. Deterministic: the bits depend on neither the number of threads nor the
-    grouping of tensors.
+    (``fully_shard``) and ``torch.compile``. Deterministic: the bits depend on neither the number of threads nor, but for
+    stochastic rounding, the grouping of tensors.
 
     Attributes:
         max_grad_norm: clip gradients to this global norm, or None. See :meth:`step`.
@@ -123,6 +125,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{type(self).__name__}: {name} is out of range: {group[name]}")
 
     def _moments_of(self, group: State) -> tuple[Moment, ...]:
+        """In the order of the op's arguments."""
         return self._moments
 
     def _update(self, launch: Launch, group: State, lr: Tensor, scales: dict[str, Tensor | None]) -> None:
@@ -139,6 +142,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         }
 
     def _forget(self) -> None:
+        """What was cached from groups and state."""
         self._plans: dict[int, tuple[tuple[int, ...], Plan]] = {}
         self._lrs: dict[int, tuple[float, Tensor]] = {}
 
