@@ -77,8 +77,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     """What they share: state, launches, clipping, checkpoints. A subclass names its moments and makes the call.
 
     One call of an op a parameter group. Works with LR schedulers, ``torch.amp.GradScaler``, closures, DDP, FSDP2
-    (``fully_shard``) and ``torch.compile``. Deterministic: the bits depend on neither the number of threads nor, but for
-    stochastic rounding, the grouping of tensors.
+    (``fully_shard``) and ``torch.compile``. Deterministic: the bits depend on neither the number of threads nor the
+    grouping of tensors (random bits of ``stochastic_rounding`` do depend on that).
 
     Attributes:
         max_grad_norm: clip gradients to this global norm, or None. See :meth:`step`.
