@@ -191,6 +191,36 @@ def fsdp_infinity_on_one_rank():
     assert all(float(s["step"]) == 2 for s in optimizer.state.values())
 
 
+def tensor_parallel():
+    """Columns sharded: whole blocks where they fit, a rank's own elsewhere; gradients that have not been summed yet."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)  # the same tensors on both ranks
+    whole_rows, half_blocks, replicated = ((16, 512), Shard(1)), ((40, 300), Shard(1)), ((64, 90), Replicate())
+    for shape, placement in (whole_rows, half_blocks, replicated):
+        aligned = shape != half_blocks[0]
+        value, grads = torch.randn(shape), [torch.randn(shape) for _ in range(3)]
+        p, q = nn.Parameter(distribute_tensor(value, mesh, [placement])), nn.Parameter(value.clone())
+        a, b = AdamW8bit([p], **HYPER, max_grad_norm=1e9), AdamW8bit([q], **HYPER)
+        for grad in grads:
+            p.grad, q.grad = distribute_tensor(grad, mesh, [placement]), grad.clone()
+            a.step(), b.step()
+        assert not aligned or torch.equal(p.full_tensor(), q)
+        torch.testing.assert_close(p.full_tensor(), q, rtol=0, atol=0.02)
+        scale = a.state[p]["m_scale"]
+        assert (isinstance(scale, DTensor) and scale.placements == (placement,)) == aligned
+        assert not aligned or torch.equal(scale.full_tensor(), b.state[q]["m_scale"])
+    p, q = nn.Parameter(distribute_tensor(value, mesh, [Replicate()])), nn.Parameter(value.clone())
+    p.grad, q.grad = DTensor.from_local(grad / 2, mesh, [Partial()]), grad
+    for parameter in (p, q):
+        AdamW8bit([parameter], **HYPER).step()
+    assert torch.equal(p.full_tensor(), q)
+    with pytest.raises(RuntimeError, match="has not been reduced"):
+        AdamW8bit([p], max_grad_norm=1.0).step()
+
+
 class Network(nn.Module):
     def __init__(self):
         super().__init__()
@@ -357,6 +387,10 @@ def test_fsdp_clips_by_the_norm_of_all_shards(two):
 
 def test_fsdp_infinity_on_one_rank_skips_the_step_on_all(two):
     two.run(fsdp_infinity_on_one_rank)
+
+
+def test_tensor_parallel_placements(two):
+    two.run(tensor_parallel)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
