@@ -125,13 +125,16 @@ BROKEN = {
     "a group too few": (lambda s: s["param_groups"].clear(), "the state has 0 parameter groups"),
     "a parameter too few": (lambda s: s["param_groups"][0]["params"].pop(), "a group of the state has"),
     "a state too many": (lambda s: s["state"].update({99: {}}), "of parameters that are in none of its groups"),
+    "a group cut short": (lambda s: s["param_groups"][0].pop("lr"), r"a parameter group of the state lacks \['lr'\]"),
+    "half a file": (lambda s: s.pop("state"), "a state_dict has state and param_groups"),
+    "another optimizer's": (lambda s: s["state"][1].update(u=torch.ones(1)), r"another optimizer: it has \['u'\]"),
     "an unknown codec": (lambda s: s["param_groups"][0].update(codec="dyn2"), "codec is out of range: dyn2"),
     "another block": (lambda s: s["param_groups"][0].update(block_size=512), r"m_scale of a parameter .* must be"),
 }
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-@ALL
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit", "AdEMAMix8bit", "Muon8bit"])
 def test_a_broken_state_raises_and_changes_nothing(name, fault):
     _, source = stepped(name)
     state = copy.deepcopy(source.state_dict())
@@ -144,6 +147,15 @@ def test_a_broken_state_raises_and_changes_nothing(name, fault):
     after = everything(optimizer)
     assert all(same_bits(a, b) for a, b in zip(before[0], after[0], strict=True))
     assert before[1:] == after[1:]
+
+
+def test_a_state_of_another_optimizer_is_refused():
+    _, adam = stepped("AdamW8bit")
+    _, lion = stepped("Lion8bit")
+    with pytest.raises(ValueError, match="is of another optimizer: it has"):
+        lion.load_state_dict(adam.state_dict())
+    with pytest.raises(ValueError, match="lacks"):
+        adam.load_state_dict(lion.state_dict())
 
 
 def test_an_unknown_format_is_refused():
@@ -211,7 +223,7 @@ def test_bitsandbytes_layout_errors():
         (lambda s: s["state"][0].pop("absmax1"), "only block-wise states"),
         (lambda s: s["state"][0].update(qmap1=torch.linspace(-1, 1, 256)), "qmap1 is not bitsandbytes' dynamic map"),
         (lambda s: s["state"][0].update(absmax1=torch.zeros(3)), "fits neither blocks of 256 nor of 2048"),
-        (lambda s: s["state"][0].pop("state1"), "lacks m"),
+        (lambda s: s["state"][0].pop("state1"), "is of another optimizer"),
     ):
         broken = copy.deepcopy(saved)
         change(broken)

@@ -117,6 +117,8 @@ def _dynamic_map(signed: bool) -> Tensor:
 
 def read(optimizer: QuantizedOptimizer, given: dict[str, Any]) -> tuple[list[State], dict[Tensor, State]]:
     """The groups (with the ids of ``given``) and the state of every parameter. Changes nothing."""
+    if not {"state", "param_groups"} <= given.keys():
+        raise ValueError(f"a state_dict has state and param_groups, this one {sorted(map(str, given))}")
     ours, theirs = optimizer.param_groups, given["param_groups"]
     if len(ours) != len(theirs):
         raise ValueError(f"the state has {len(theirs)} parameter groups, this optimizer {len(ours)}")
@@ -146,6 +148,8 @@ def read(optimizer: QuantizedOptimizer, given: dict[str, Any]) -> tuple[list[Sta
 
 def _merge_group(optimizer: QuantizedOptimizer, group: State, saved: State, sources: list[State]) -> State:
     if "codec" in saved:
+        if missing := optimizer.defaults.keys() - saved.keys():
+            raise ValueError(f"a parameter group of the state lacks {sorted(missing)}")
         return dict(saved)
     for option, value in optimizer._fixed_options.items():
         if saved.get(option, value) != value:
@@ -178,7 +182,11 @@ def _read_one(optimizer: QuantizedOptimizer, group: State, p: Tensor, source: St
         raise ValueError(f"the state of a parameter {list(p.shape)} lacks step; got {sorted(source)}")
     state: State = {"step": torch.tensor(float(source["step"]), dtype=torch.float32, device=p.device)}
     state.update(_read_master(group, p, source))
-    for moment in optimizer._moments_of(group):
+    moments = optimizer._moments_of(group)
+    known = {"step", "master_lo", *(m.key + end for m in moments for end in ("", "_scale", _FLOAT))}
+    if unknown := source.keys() - known:
+        raise ValueError(f"the state of a parameter {list(p.shape)} is of another optimizer: it has {sorted(unknown)}")
+    for moment in moments:
         key, scale = moment.key, moment.key + "_scale"
         as_float = source.get(key + _FLOAT)
         if as_float is not None:
