@@ -22,7 +22,11 @@ inline int64_t tile_elements(int block) {
 
 constexpr int64_t kMaxTiles = int64_t(1) << 27;  // a lane's place in a tensor, 32 times its tile, fits 32 bits
 
-enum TensorFlags : uint16_t { kFloatStates = 0x8000, kAligned = 0x4000, kMissingMask = 0x3fff };
+enum TensorFlags : uint16_t {
+  kFloatStates = 0x8000,
+  kAligned = 0x4000,
+  kMissingMask = 0x3fff
+};  // at most 16383 = kNormChunk - 1
 
 template <int kColumns, int kCapacity>
 struct TensorTable {

@@ -65,4 +65,13 @@ struct StepArgs {
 // a kernel's arguments.
 cudaError_t launch_step(const StepTensor* tensors, int64_t count, const StepArgs&, cudaStream_t);
 
+struct NormTensor {
+  const void* data;
+  int64_t n;
+  DType dtype;
+};
+// sums: room for a double a chunk (kNormChunk) of every tensor.
+cudaError_t launch_grad_norm_sq(const NormTensor* tensors, int64_t count, double* sums, float* out, cudaStream_t);
+cudaError_t launch_clip_coef(const float* norm_sq, float max_norm, float* out, cudaStream_t);
+
 }  // namespace slk::cuda

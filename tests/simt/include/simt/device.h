@@ -248,6 +248,9 @@ inline float __fadd_rn(float a, float b) {
 inline float __fmaf_rn(float a, float b, float c) {
   return std::fma(a, b, c);
 }
+inline double __dadd_rn(double a, double b) {
+  return a + b;
+}
 template <class T>
 SIMT_INLINE T __ldg(const T* p) {
   return *p;
