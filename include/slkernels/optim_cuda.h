@@ -3,29 +3,13 @@
 
 #include <cuda_runtime_api.h>
 
-#include "slkernels/optim_codec.cuh"
-#include "slkernels/optim_step.cuh"
+#include "slkernels/optim.h"
 #include "slkernels/philox.cuh"
 #include "slkernels/types.h"
 
 namespace slk::cuda {
 
-struct Moment {
-  void* data;    // codes, or fp32 where scale is null
-  float* scale;  // [ceil(n / block)]
-};
-
-struct StepTensor {
-  void* p;        // parameters; null for a direction
-  void* out;      // the direction, or null
-  const void* g;  // of p's dtype
-  Moment m, v, slow;
-  void* low;     // int16 or int8 remainders of bf16 parameters, or null
-  int low_bits;  // 16 or 8
-  int64_t n;
-  DType dtype, out_dtype;
-  uint32_t index;  // in its list: a word of the random numbers' counter
-};
+using cpu::StepTensor;
 
 // x [n] of a floating type -> codes (two a byte where the codec has 4 bits), scale [ceil(n / block)].
 struct QuantizeArgs {

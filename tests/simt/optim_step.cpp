@@ -77,7 +77,7 @@ struct State {
       : data(d.float_states ? 4 * d.n : code_bytes(codec, d.n) + d.offset),
         scale(d.float_states ? 0 : ceil_div(d.n, block)),
         at(data.get() + (d.float_states ? 0 : d.offset)) {}
-  cuda::Moment moment(bool floats) const { return {at, floats ? nullptr : scale.get()}; }
+  cpu::Moment moment(bool floats) const { return {at, floats ? nullptr : scale.get()}; }
 };
 
 template <Codec kCodec>
