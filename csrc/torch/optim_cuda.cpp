@@ -10,9 +10,9 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
+// `like` is a CUDA tensor.
 void check_on(const char* op, const char* name, const Tensor& t, const Tensor& like) {
-  if (!(t.device() == like.device()))
-    check(false, op, name, " must be on step's device, cuda:", like.get_device_index());
+  if (!(t.device() == like.device())) check(false, op, name, " must be on device cuda:", like.get_device_index());
 }
 
 // A device scalar that the kernel reads.
