@@ -167,13 +167,33 @@ constexpr EncodeTable encode_table() {
 template <bool kSigned>
 constexpr EncodeTable kEncode = encode_table<kSigned>();
 
-// The code nearest to x / largest, by exact comparison, starting from a code.
+// Twice the midpoint between magnitudes t and t + 1, exact in double.
+template <bool kSigned>
+struct Midpoints {
+  double twice[kSigned ? 128 : 256];
+};
+template <bool kSigned>
+constexpr Midpoints<kSigned> midpoints() {
+  Midpoints<kSigned> table{};
+  for (int t = kSigned ? 0 : 1; t < (kSigned ? 128 : 256); ++t)
+    table.twice[t] = double(value<kSigned>(t)) + value<kSigned>(t + 1);
+  return table;
+}
+template <bool kSigned>
+constexpr Midpoints<kSigned> kMidpoints = midpoints<kSigned>();
+
+// The code nearest to x / largest, by exact comparison, starting from a code: codec::nearest_dynamic with a table.
 template <bool kSigned>
 inline uint8_t nearest_code(float x, float largest, uint8_t code) {
-  constexpr Codec kCodec = kSigned ? Codec::dyn8 : Codec::dyn8u;
-  const int t = kSigned ? (code < 127 ? 127 - code : code - 127) : code + 1;
+  constexpr const Midpoints<kSigned>& table = kMidpoints<kSigned>;
   const float y = x / largest;
-  return uint8_t(codec::code_of<kCodec>(codec::nearest_dynamic<kSigned>(y, t), y < 0));
+  const bool negative = y < 0;
+  const double twice = 2.0 * (negative ? -double(y) : double(y));
+  const int first = kSigned ? 0 : 1, last = kSigned ? (negative ? 127 : 128) : 256;
+  int t = kSigned ? (code < 127 ? 127 - code : code - 127) : code + 1;
+  while (t > first && twice <= table.twice[t - 1]) --t;
+  while (t < last && twice > table.twice[t]) ++t;
+  return uint8_t(codec::code_of<kSigned ? Codec::dyn8 : Codec::dyn8u>(t, negative));
 }
 
 template <bool kSigned>

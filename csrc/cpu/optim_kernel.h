@@ -13,9 +13,11 @@
 
 namespace slk::cpu::SLK_ISA {
 
-// Elements that are stepped before they are encoded: a few blocks, so that their maxima are reduced together, and few
-// enough that they, p and g lie in L1.
-constexpr int kChunkElements = 1024;
+// Elements that are stepped before they are encoded: enough that waiting for the last maximum, about 200 cycles, does
+// not show, and few enough that they, p and g lie in L1.
+constexpr int kChunkElements = 2048;
+constexpr int kChunkBlocks = 64;
+static_assert(kChunkBlocks % kLanes == 0, "maxima are reduced kLanes blocks at a time");
 
 struct ChunkBuffers {
   // Next to each other, whatever the block size: at a distance of 4096 bytes loads would wait for unrelated stores.
@@ -34,6 +36,10 @@ struct Kernel {
   const VectorScalars s;
   const int padded, per_chunk;
   float *m, *v, *slow;  // [per_chunk][padded], in pair order
+  struct Maxima {
+    VU m, slow, v;
+  };
+  Maxima largest[kChunkBlocks];  // by lane
   int64_t kept = 0;
 
   Kernel(const StepTensor& t, const StepCall& call, ChunkBuffers& buffers)
@@ -80,9 +86,6 @@ struct Kernel {
     return c;
   }
 
-  struct Maxima {
-    VU m, slow, v;
-  };
   SLK_INLINE void keep(const Moments& x, int at, Maxima& largest) const {
     store(m + at, x.m);
     largest.m = max(largest.m, (VU)abs(x.m));
@@ -102,6 +105,7 @@ struct Kernel {
   SLK_INLINE Maxima step_block(T* p, const T* g, int64_t b, int at) {
     const int size = size_of(b);
     const Decoders decode(t, b);
+    const VectorScalars s = this->s;  // in registers: the stores below might change the member
     Maxima largest = {};
     for_pairs(size, [&](int i, auto whole) {
       const Codes code = load(b * block, i, size, whole);
@@ -156,33 +160,34 @@ struct Kernel {
   // Steps blocks first .. first + count - 1, p and g pointing to the first element, and encodes them.
   template <class T>
   SLK_INLINE void step_chunk(T* p, const T* g, int64_t first, int count) {
-    VU rows_m[kLanes] = {}, rows_slow[kLanes] = {}, rows_v[kLanes] = {};
-    const auto put = [&](int j, const Maxima& largest) {
-      rows_m[j] = largest.m;
-      rows_slow[j] = largest.slow;
-      rows_v[j] = largest.v;
+    for (int j = 0; j < count; ++j) largest[j] = step_block(p + j * block, g + j * block, first + j, j * padded);
+    for (int j = 0; j < count; j += kLanes) encode_group(first, j, count - j < kLanes ? count - j : kLanes);
+  }
+
+  // Encodes the chunk's blocks from .. from + count - 1, at most kLanes.
+  SLK_INLINE void encode_group(int64_t first, int from, int count) {
+    const auto reduce = [&](VU Maxima::* moment) {
+      VU rows[kLanes];
+      for (int j = 0; j < kLanes; ++j) rows[j] = j < count ? largest[from + j].*moment : VU{};
+      return max_rows(rows);
     };
-    for (int j = 0; j < count; ++j) put(j, step_block(p + j * block, g + j * block, first + j, j * padded));
-    VU largest_m = max_rows(rows_m), largest_v = kHasV ? max_rows(rows_v) : VU{};
-    const VU tested = kHasV ? largest_v : largest_m;
-    if (__builtin_expect(max_lane(tested) >= kInfinityBits, 0)) {
-      for (int j = 0; j < count; ++j)
-        if (tested[j] >= kInfinityBits) put(j, repair_block(first + j, j * padded));
-      largest_m = max_rows(rows_m);
-      if (kHasV) largest_v = max_rows(rows_v);
-    }
-    encode_chunk<kCodec>(m, t.m, largest_m, first, count);
-    if constexpr (kHasSlow) encode_chunk<kCodec>(slow, t.slow, max_rows(rows_slow), first, count);
-    if constexpr (kHasV) encode_chunk<kSecond>(v, t.v, largest_v, first, count);
+    constexpr VU Maxima::* kTested = kHasV ? &Maxima::v : &Maxima::m;
+    const VU tested = reduce(kTested);
+    if (__builtin_expect(max_lane(tested) >= kInfinityBits, 0))
+      for (int j = from; j < from + count; ++j)
+        if (tested[j - from] >= kInfinityBits) largest[j] = repair_block(first + j, j * padded);
+    encode_moment<kCodec>(m, t.m, reduce(&Maxima::m), first, from, count);
+    if constexpr (kHasSlow) encode_moment<kCodec>(slow, t.slow, reduce(&Maxima::slow), first, from, count);
+    if constexpr (kHasV) encode_moment<kSecond>(v, t.v, reduce(&Maxima::v), first, from, count);
   }
 
   template <Codec kEncoded>
-  SLK_INLINE void encode_chunk(float* x, const Moment& moment, VU largest, int64_t first, int count) {
+  SLK_INLINE void encode_moment(float* x, const Moment& moment, VU largest, int64_t first, int from, int count) {
     BlockScale scales[kLanes];
     block_scales<kEncoded>(largest, scales);
     for (int j = 0; j < count; ++j) {
-      const int64_t b = first + j;
-      encode_block<kEncoded>(x + j * padded, size_of(b), scales[j], codes_of(moment, kEncoded, b * block),
+      const int64_t b = first + from + j;
+      encode_block<kEncoded>(x + (from + j) * padded, size_of(b), scales[j], codes_of(moment, kEncoded, b * block),
                              moment.scale + b);
     }
   }
