@@ -231,12 +231,28 @@ def test_every_problem_notices_a_wrong_result(name):
     assert [row.provider for row in rows if row.status == "ok"] == []
 
 
+_BOTH = {optim.BNB, optim.TORCHAO}
+
+
+def _kind_problem(kind, peers):
+    return optim.step_problem(3, 5120, _BF16, kind), next(iter(kind.peers)), peers
+
+
 _TINY_OPTIM = {
-    "step": (optim.step_problem(3, 5000, _F32), optim.FUSED),
-    "step bf16": (optim.step_problem(3, 5000, _BF16), optim.FUSED),
-    "quantize": (optim.quantize_problem(4096, _F32), optim.BUCKETIZE),
-    "quantize bf16": (optim.quantize_problem(4096, _BF16), optim.BUCKETIZE),
-    "dequantize": (optim.dequantize_problem(4096, _F32), optim.LOOKUP),
+    "step": (optim.step_problem(3, 5000, _F32), optim.FUSED, _BOTH),
+    "step bf16": (optim.step_problem(3, 5000, _BF16), optim.FUSED, _BOTH),
+    "step dyn8": _kind_problem(optim.adam_kind("dyn8"), _BOTH),
+    "step lin8": _kind_problem(optim.adam_kind("lin8"), set()),
+    "step cmp8": _kind_problem(optim.adam_kind("cmp8"), set()),
+    "step dyn4": _kind_problem(optim.adam_kind("dyn4"), {optim.TORCHAO}),
+    "step fp8": _kind_problem(optim.adam_kind("fp8"), {optim.TORCHAO}),
+    "step lion": _kind_problem(optim.momentum_kind("lion"), {optim.BNB}),
+    "step sgd": _kind_problem(optim.momentum_kind("sgd"), {optim.BNB}),
+    "step nesterov": _kind_problem(optim.momentum_kind("nesterov"), set()),
+    "step signum": _kind_problem(optim.momentum_kind("signum"), set()),
+    "quantize": (optim.quantize_problem(4096, _F32), optim.BUCKETIZE, {optim.BNB}),
+    "quantize bf16": (optim.quantize_problem(4096, _BF16), optim.BUCKETIZE, {optim.BNB}),
+    "dequantize": (optim.dequantize_problem(4096, _F32), optim.LOOKUP, set()),
 }
 
 
@@ -244,7 +260,7 @@ _TINY_OPTIM = {
 @pytest.mark.parametrize("wrong", [False, True])
 def test_optimizer_problems_and_their_checks(monkeypatch, name, wrong):
     monkeypatch.setattr(optim, "_installed", lambda package: False)
-    make, baseline = _TINY_OPTIM[name]
+    make, baseline, absent = _TINY_OPTIM[name]
 
     def make_wrong(device, seed):
         def skip(provider):  # an optimizer that does nothing; codes or values of the opposite sign
@@ -256,7 +272,7 @@ def test_optimizer_problems_and_their_checks(monkeypatch, name, wrong):
     case = Case("tiny", name, "tiny", _F32, make_wrong if wrong else make, baseline=baseline)
     rows = _by_provider(run_case(case, CPU, SHORT, CEILINGS))
     peers = {peer for peer in (optim.BNB, optim.TORCHAO) if peer in rows}
-    assert peers == ({optim.BNB, optim.TORCHAO} if "step" in name else {optim.BNB} if "quantize" in name[:8] else set())
+    assert peers == absent
     assert all((rows[p].status, rows[p].message) == ("absent", "not installed") for p in peers)
     assert {row.status for name, row in rows.items() if name not in peers} == {"wrong" if wrong else "ok"}
 

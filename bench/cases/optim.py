@@ -1,12 +1,16 @@
-"""Family optim: one step of 8-bit AdamW, and the block codec, against torch's fused AdamW, bitsandbytes and torchao."""
+"""Family optim: steps on quantized state, and the block codec, against torch's fused optimizers, bitsandbytes and
+torchao."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import slkernels
 import torch
+from slkernels.reference import optim as reference
 
 from ..case import OURS, Absent, Case, Provider, Target
 from ..data import generator, nbytes, uniform
@@ -14,10 +18,12 @@ from ..data import generator, nbytes, uniform
 FUSED = "torch fused"
 BNB = "bitsandbytes"
 TORCHAO = "torchao"
+TORCH = "torch ops"
 BUCKETIZE = "torch.bucketize"
 LOOKUP = "torch lookup"
 
 _HYPER = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+_MOMENTUM = {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.01}
 # Two steps in: relative error of the change of the parameters that 8-bit states may cause (bitsandbytes' own is 0.02).
 _ALLOWED_CHANGE = 0.05
 # How much further from x than the nearest code a code may lie, relative to the block's scale: a rounding, where two
@@ -44,6 +50,114 @@ def _torchao(params):
     return importlib.import_module("torchao.optim").AdamW8bit(params, **_HYPER)
 
 
+class _OpStep:
+    """An op of the family as an optimizer: ``op(params, grads, *states, [], step, lr, **options)``."""
+
+    def __init__(self, params, op, moments, codec, block, **options):
+        self.params, self.op, self.options = params, op, {**options, "codec": codec, "block": block}
+        self.states = []
+        for _ in range(moments):
+            sizes = [p.numel() // (2 if codec == "dyn4" else 1) for p in params]
+            self.states.append([torch.zeros(n, dtype=torch.uint8, device=params[0].device) for n in sizes])
+            self.states.append([torch.zeros(-(-p.numel() // block), device=p.device) for p in params])
+        self.count = torch.zeros((), device=params[0].device)
+        self.lr = torch.tensor(_HYPER["lr"], device=params[0].device)
+
+    @torch.no_grad()
+    def step(self):
+        self.count += 1
+        grads = [p.grad for p in self.params]
+        self.op(self.params, grads, *self.states, [], self.count, self.lr, **self.options)
+
+
+class _TorchRule:
+    """A rule of momentum_q_ in torch operations on state of the parameters' dtype."""
+
+    def __init__(self, params, rule):
+        self.params, self.rule, self.count = params, rule, 0
+        self.m = [torch.zeros_like(p) for p in params]
+
+    @torch.no_grad()
+    def step(self):
+        self.count += 1
+        for p, m in zip(self.params, self.m, strict=True):
+            scalars = (self.count, _HYPER["lr"])
+            new_p, new_m = reference.momentum(p, p.grad, m, *scalars, rule=self.rule, **_MOMENTUM)
+            p.copy_(new_p), m.copy_(new_m)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What steps: our optimizer, the exact one in float64, and peers by name with the package that they need."""
+
+    ours: Callable
+    exact: Callable
+    peers: dict[str, tuple[str | None, Callable]]
+    state_bytes: float  # ours, a parameter
+    peer_bytes: float  # the first peer's, in elements of the parameters' dtype
+    allowed: float = _ALLOWED_CHANGE
+
+
+def _exact_adam(params):
+    return torch.optim.AdamW(params, **_HYPER)
+
+
+# By codec: block, relative error of the change, torchao's optimizer.
+_CODECS = {
+    "dyn8": (256, _ALLOWED_CHANGE, "AdamW8bit"),
+    "lin8": (256, 0.13, None),
+    "cmp8": (32, _ALLOWED_CHANGE, None),
+    "dyn4": (128, 0.27, "AdamW4bit"),
+    "fp8": (256, _ALLOWED_CHANGE, "AdamWFp8"),
+}
+
+
+def adam_kind(codec: str) -> _Kind:
+    """``adam_q_`` with a codec."""
+    block, allowed, peer = _CODECS[codec]
+    hyper = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+    peers = {FUSED: (None, _fused)}
+    if codec == "dyn8":
+        peers[BNB] = ("bitsandbytes", _bitsandbytes)
+    if peer:
+        peers[TORCHAO] = ("torchao", lambda ps: getattr(importlib.import_module("torchao.optim"), peer)(ps, **_HYPER))
+    bytes = 2 * ((0.5 if codec == "dyn4" else 1) + 4 / block)
+    return _Kind(
+        lambda ps: _OpStep(ps, slkernels.adam_q_, 2, codec, block, **hyper), _exact_adam, peers, bytes, 2, allowed
+    )
+
+
+def momentum_kind(rule: str) -> _Kind:
+    """``momentum_q_`` with a rule, on dyn8 state."""
+    peers: dict[str, tuple[str | None, Callable]] = {}
+    more = {"lr": _HYPER["lr"], "weight_decay": _MOMENTUM["weight_decay"]}
+    if rule in ("sgd", "nesterov"):
+        sgd = {**more, "momentum": 0.9, "nesterov": rule == "nesterov"}
+        # Its fused CPU kernel leaves bf16 parameters as they are (torch 2.13).
+        peers[TORCH] = (None, lambda ps: torch.optim.SGD(ps, foreach=True, **sgd))
+    else:
+        peers[TORCH] = (None, lambda ps: _TorchRule(ps, rule))
+    if rule == "sgd":
+        peers[BNB] = ("bitsandbytes", lambda ps: _bnb_optim().SGD8bit(ps, momentum=0.9, **more))
+    if rule == "lion":
+        peers[BNB] = ("bitsandbytes", lambda ps: _bnb_optim().Lion8bit(ps, betas=(0.9, 0.99), **more))
+    ours = lambda ps: _OpStep(ps, slkernels.momentum_q_, 1, "dyn8", 256, rule=rule, **_MOMENTUM)  # noqa: E731
+    return _Kind(ours, lambda ps: _TorchRule(ps, rule), peers, 1 + 4 / 256, 1)
+
+
+def _bnb_optim():
+    return importlib.import_module("bitsandbytes").optim
+
+
+_ADAMW8BIT = _Kind(
+    _ours,
+    _exact_adam,
+    {FUSED: (None, _fused), BNB: ("bitsandbytes", _bitsandbytes), TORCHAO: ("torchao", _torchao)},
+    2 * (1 + 4 / 256),
+    2,
+)
+
+
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
@@ -53,7 +167,7 @@ def _adam_bytes(params: list[torch.Tensor], state_bytes: float) -> float:
     return 3.0 * nbytes(*params) + 2.0 * state_bytes
 
 
-def step_problem(tensors: int, size: int, dtype: torch.dtype):
+def step_problem(tensors: int, size: int, dtype: torch.dtype, kind: _Kind = _ADAMW8BIT):
     count = tensors * size
 
     def make(device, seed):
@@ -66,7 +180,7 @@ def step_problem(tensors: int, size: int, dtype: torch.dtype):
             params = [torch.nn.Parameter(p.double()) for p in start]
             for p, g in zip(params, grads, strict=True):
                 p.grad = g.double()
-            optimizer = torch.optim.AdamW(params, **_HYPER)
+            optimizer = kind.exact(params)
             for _ in range(2):
                 optimizer.step()
             return [p.detach() for p in params]
@@ -82,17 +196,16 @@ def step_problem(tensors: int, size: int, dtype: torch.dtype):
                 change = [p.detach().double() - q.double() for p, q in zip(params, start, strict=True)]
                 want = [p - q.double() for p, q in zip(expected(), start, strict=True)]
                 off = sum(float((c - w).square().sum()) for c, w in zip(change, want, strict=True))
-                return (off / sum(float(w.square().sum()) for w in want)) ** 0.5 / _ALLOWED_CHANGE
+                return (off / sum(float(w.square().sum()) for w in want)) ** 0.5 / kind.allowed
 
             return Provider(optimizer.step, error, 0.0, _adam_bytes(start, state_bytes))
 
-        eight_bit = 2 * count * (1 + 4 / 256)
-        providers = {
-            OURS: provider(_ours, eight_bit),
-            FUSED: provider(_fused, 2 * nbytes(*start)),
-        }
-        for name, build in ((BNB, _bitsandbytes), (TORCHAO, _torchao)):
-            providers[name] = provider(build, eight_bit) if _installed(name) else Absent("not installed")
+        ours = count * kind.state_bytes
+        providers = {OURS: provider(kind.ours, ours)}
+        for name, (package, build) in kind.peers.items():
+            state = ours if package else kind.peer_bytes * nbytes(*start)
+            ready = package is None or _installed(package)
+            providers[name] = provider(build, state) if ready else Absent("not installed")
         return providers
 
     return make
@@ -199,6 +312,24 @@ def cases() -> list[Case]:
                 items=tensors * size,
                 item="parameter",
                 quick=quick,
+            )
+        )
+    goals = {"dyn8": 1.0, "cmp8": 1 / 0.85}
+    kinds = [(f"adam_q_ {codec}", adam_kind(codec), goals.get(codec)) for codec in _CODECS]
+    kinds += [(f"momentum_q_ {rule}", momentum_kind(rule), None) for rule in ("lion", "sgd", "nesterov", "signum")]
+    for name, kind, goal in kinds:
+        found.append(
+            Case(
+                "optim",
+                name,
+                f"1 x {one}",
+                torch.bfloat16,
+                step_problem(1, one, torch.bfloat16, kind),
+                baseline=next(iter(kind.peers)),
+                targets=(Target(FUSED, goal),) if goal else (),
+                items=one,
+                item="parameter",
+                quick=False,
             )
         )
     for dtype in (torch.float32, torch.bfloat16):

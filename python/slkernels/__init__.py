@@ -17,7 +17,7 @@ except ImportError as error:
 from . import attention, convert, nn, optim
 from .gemm import gemm
 from .lowrank import lowrank_linear
-from .optim import adam_q_, dequantize_block, quantize_block
+from .optim import adam_q_, adam_q_dir_, ademamix_q_, dequantize_block, momentum_q_, quantize_block
 from .sl import sl_linear
 from .sparse import (
     check_support,
@@ -43,6 +43,8 @@ def build_info() -> dict[str, object]:
 __all__ = [
     "Support",
     "adam_q_",
+    "adam_q_dir_",
+    "ademamix_q_",
     "attention",
     "build_info",
     "check_support",
@@ -52,6 +54,7 @@ __all__ = [
     "gather_support",
     "gemm",
     "lowrank_linear",
+    "momentum_q_",
     "nn",
     "optim",
     "quantize_block",

@@ -139,6 +139,21 @@ SIMT_NOINLINE int __all_sync(uint32_t mask, int predicate) {
   return simt::vote("__all_sync", mask, predicate, SIMT_HERE) == mask;
 }
 
+// redux.sync: each lane's value is folded into what all lanes of the mask get.
+namespace simt {
+inline void run_max(void* const* lanes, uint32_t mask) {
+  uint32_t largest = 0;
+  for (int lane = 0; lane < kWarp; ++lane)
+    if (mask >> lane & 1) largest = std::max(largest, *static_cast<uint32_t*>(lanes[lane]));
+  for (int lane = 0; lane < kWarp; ++lane)
+    if (mask >> lane & 1) *static_cast<uint32_t*>(lanes[lane]) = largest;
+}
+}  // namespace simt
+SIMT_NOINLINE uint32_t __reduce_max_sync(uint32_t mask, uint32_t value) {
+  simt::warp_collective("__reduce_max_sync", mask, &value, simt::run_max, false, SIMT_HERE);
+  return value;
+}
+
 // ---- atomics: one fiber runs at a time, so that plain code is atomic; they order nothing
 // ----------------------------------
 
@@ -232,6 +247,9 @@ inline float __fadd_rn(float a, float b) {
 }
 inline float __fmaf_rn(float a, float b, float c) {
   return std::fma(a, b, c);
+}
+inline double __dadd_rn(double a, double b) {
+  return a + b;
 }
 template <class T>
 SIMT_INLINE T __ldg(const T* p) {
