@@ -185,6 +185,27 @@ struct Kernel {
   SLK_INLINE void encode_moment(float* x, const Moment& moment, VU largest, int64_t first, int from, int count) {
     BlockScale scales[kLanes];
     block_scales<kEncoded>(largest, scales);
+    if constexpr (!Encoder<kEncoded>::kDoubts) {
+      // Small blocks that are whole and ordinary, without the questions that encode_block asks of each.
+      const uint32_t low = to_bits(codec::kSmallScale), high = to_bits(codec::kLargeScale);
+      bool ordinary = block % kPair == 0 && size_of(first + from + count - 1) == block;
+      for (int j = 0; j < count; ++j) ordinary &= scales[j].largest_bits - low < high - low;
+      if (__builtin_expect(ordinary, 1)) {
+        uint8_t* const codes = codes_of(moment, kEncoded, (first + from) * block);
+        float* const scale = moment.scale + first + from;
+        uint16_t unused;
+        for (int j = 0; j < count; ++j) {
+          const Encoder<kEncoded> encode(from_bits(scales[j].largest_bits), scales[j].inverse);
+          scale[j] = scales[j].scale;
+          for (int i = 0; i < block; i += kPair) {
+            const float* const y = x + (from + j) * padded + i;
+            const PairI code = {encode(SLK_ISA::load(y), unused), encode(SLK_ISA::load(y + kLanes), unused)};
+            store_codes<codec::bits(kEncoded)>(codes + code_bytes(kEncoded, j * block + i), code);
+          }
+        }
+        return;
+      }
+    }
     for (int j = 0; j < count; ++j) {
       const int64_t b = first + from + j;
       encode_block<kEncoded>(x + (from + j) * padded, size_of(b), scales[j], codes_of(moment, kEncoded, b * block),
