@@ -300,24 +300,26 @@ def load_checkpoint(path, model, optimizer):
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
 
-def make(kind):
-    model = Model() if kind == "plain" else sharded(Model())
-    optimizer = AdamW8bit(model.parameters(), **HYPER)
-    if kind == "plain":
+def make(name, layout):
+    from test_optim_family import make as make_optimizer
+
+    model = Model() if layout == "plain" else sharded(Model())
+    optimizer = make_optimizer(name, list(model.parameters()))
+    if layout == "plain":
         optimizer.state_dict_format = "sharded"
     return model, optimizer
 
 
-def checkpoint_begin(path, kind):
-    model, optimizer = make(kind)
+def checkpoint_begin(path, name, layout):
+    model, optimizer = make(name, layout)
     train(model, optimizer, range(3))
     save_checkpoint(path, model, optimizer)
     return weights(model)
 
 
-def checkpoint_continue(source, target, kind, begin, end):
+def checkpoint_continue(source, target, name, layout, begin, end):
     """Loads into a model that has another state, goes on, saves."""
-    model, optimizer = make(kind)
+    model, optimizer = make(name, layout)
     train(model, optimizer, [50])
     load_checkpoint(source, model, optimizer)
     assert {float(s["step"]) for s in optimizer.state.values()} == {float(begin)}
@@ -407,15 +409,29 @@ def test_per_layer_refuses_ddp(two):
     two.run(ddp_per_layer)
 
 
-@pytest.mark.parametrize("alone", ["fsdp", "plain"])
-def test_checkpoint_reshards_from_two_processes_to_one_and_back(two, one, directory, alone):
-    paths = [f"{directory}/{alone}{i}" for i in range(3)]
-    (first, _) = two.run(checkpoint_begin, paths[0], "fsdp")
-    (second,) = one.run(checkpoint_continue, paths[0], paths[1], alone, 3, 5)
-    (third, other) = two.run(checkpoint_continue, paths[1], paths[2], "fsdp", 5, 8)
+@pytest.mark.parametrize(
+    "name, alone",
+    [
+        ("AdamW8bit", "fsdp"),
+        ("AdamW8bit", "plain"),
+        ("AdamW4bit", "fsdp"),
+        ("AdEMAMix8bit", "plain"),
+        ("Muon8bit", "fsdp"),
+    ],
+)
+def test_checkpoint_reshards_from_two_processes_to_one_and_back(two, one, directory, name, alone):
+    paths = [f"{directory}/{name}-{alone}{i}" for i in range(3)]
+    (first, _) = two.run(checkpoint_begin, paths[0], name, "fsdp")
+    (second,) = one.run(checkpoint_continue, paths[0], paths[1], name, alone, 3, 5)
+    (third, other) = two.run(checkpoint_continue, paths[1], paths[2], name, "fsdp", 5, 8)
     assert_same(other, third)
     for steps, got in ((3, first), (5, second), (8, third)):
-        assert_same(got, weights(unsharded(steps)[0]), loose=("narrow", "values"))
+        model, optimizer = make(name, "plain")
+        train(model, optimizer, range(steps))
+        want = weights(model)
+        if name != "AdamW8bit":  # in the others' codecs float32 in the checkpoint may cost more than `loose` allows
+            want = {key: want[key] for key in ALIGNED}
+        assert_same(got, want, loose=("narrow", "values"))
 
 
 def test_checkpoint_of_per_layer_is_that_of_a_global_optimizer(two, directory):

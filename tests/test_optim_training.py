@@ -28,8 +28,8 @@ def assert_same(a_params, a, b_params, b):
 
 @ALL
 def test_compiled_step_is_one_graph_with_the_same_bits(name):
-    """fullgraph: nothing in a step reads a tensor on the host. After the first step, which makes the state, one graph
-    serves all while lr, a tensor, changes."""
+    """fullgraph: nothing in a step reads a tensor on the host (Q-GaLore's NaN checks do, four times a tensor). After
+    the first step, which makes the state, one graph serves all while lr, a tensor, changes."""
     lr_a, lr_b = torch.tensor(1e-2), torch.tensor(1e-2)
     ours, compiled = make_params(SIZES), make_params(SIZES)
     a, b = make(name, ours, max_grad_norm=1.0), make(name, compiled, max_grad_norm=1.0)

@@ -12,12 +12,6 @@
 
 #include "slkernels/types.h"
 
-#if defined(__CUDACC__)
-#define SLK_NORM_HD __host__ __device__
-#else
-#define SLK_NORM_HD
-#endif
-
 namespace slk {
 
 // The unit of parallel work. Its sum depends on nothing else, and chunks are added in the order of the list, so the
@@ -27,7 +21,7 @@ constexpr int64_t kNormChunk = 16384;
 // fp64.
 constexpr int kNormSums = 64;
 
-SLK_NORM_HD inline float clip_divisor(float norm_sq, float max_norm) {
+SLK_HD inline float clip_divisor(float norm_sq, float max_norm) {
   const float divisor = (sqrtf(norm_sq) + 1e-6f) / max_norm;
   return divisor < 1.0f ? 1.0f : divisor;
 }

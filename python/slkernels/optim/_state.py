@@ -52,11 +52,11 @@ def is_quantized(group: State, p: Tensor) -> bool:
 
 
 def code_shape(codec: str, shape: Shape) -> Shape:
-    """Two 4-bit codes are packed in a byte, along the last dimension where it is even."""
+    """Two 4-bit codes are packed in a byte, [p.shape[0], half a row] where that comes out even."""
     if codec not in FOUR_BITS:
         return tuple(shape)
-    if shape and shape[-1] % 2 == 0:
-        return (*shape[:-1], shape[-1] // 2)
+    if len(shape) >= 2 and math.prod(shape[1:]) % 2 == 0:
+        return (shape[0], math.prod(shape[1:]) // 2)
     return (-(-math.prod(shape) // 2),)
 
 
