@@ -270,7 +270,7 @@ def randomized_range(
     Raises:
         RuntimeError: shapes, dtypes or options that do not fit.
     """
-    return _ops.randomized_range(G, rank, _seed_tensor(seed, G.device), oversample, iters, side)
+    return _ops.randomized_range(G.detach(), rank, _seed_tensor(seed, G.device), oversample, iters, side)
 
 
 # ---- rand_project ---------------------------------------------------------------------------------------------------

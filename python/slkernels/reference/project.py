@@ -26,7 +26,7 @@ def rand_matrix(seed: int, rank: int, size: int, dtype: torch.dtype = torch.floa
     words = torch.broadcast_tensors(*philox(int(seed), counters, rows, zeros, zeros + _NORMALS))
     z = []
     for radius_word, angle_word in (words[:2], words[2:]):
-        u = ((radius_word >> 1).double() * 2**-31 + 2**-32).clamp(max=1)
+        u = ((radius_word >> 1).float() * 2**-31 + 2**-32).double()  # in (0, 1], on float32's grid
         radius = (-2 * u.log()).sqrt()
         # The two highest bits are the quadrant; the others, as a signed number, the angle from its middle.
         fraction = (angle_word << 2 & 0xFFFFFFFF).double() * 2**-32
@@ -41,15 +41,16 @@ def rand_matrix(seed: int, rank: int, size: int, dtype: torch.dtype = torch.floa
 
 
 def project(G: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
-    """See :func:`slkernels.project`."""
-    R = G if left is None else left.t() @ G
-    return R if right is None else R @ right.t()
+    """See :func:`slkernels.project`. The order of the two products is the op's: it shows in 16-bit dtypes."""
+    if left is None or right is None:
+        return G @ right.t() if left is None else left.t() @ G
+    return left.t() @ (G @ right.t()) if G.shape[0] < G.shape[1] else (left.t() @ G) @ right.t()
 
 
 def project_back(N: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
     """See :func:`slkernels.project_back`."""
-    U = N if left is None else left @ N
-    return U if right is None else U @ right
+    U = N if right is None else N @ right
+    return U if left is None else left @ U
 
 
 def project_back_add(
@@ -138,7 +139,7 @@ def quantize_group(
     """See :func:`slkernels.quantize_group`. uniform: w's shape, in [0, 1): rounds stochastically; else to nearest."""
     lead, m, top = w.shape[:-1], w.shape[-1], 2**bits - 1
     pad = (0, -m % group)
-    g = torch.nn.functional.pad(w.float(), pad).view(*lead, -1, group)
+    g = torch.nn.functional.pad(w.float(), pad).view(*lead, -(-m // group), group)
     hi, lo = g.amax(-1, keepdim=True).clamp(min=0), g.amin(-1, keepdim=True).clamp(max=0)
     scale = (hi - lo) / top
     finite, positive = scale.isfinite(), scale > 0
