@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "torch/device.h"
 #include "torch/project.h"
 
 namespace slk {

@@ -28,10 +28,11 @@ struct GroupCodes {
   SLK_HD int64_t row_bytes() const { return bits == 8 ? m : (m + 1) / 2; }
 };
 
-namespace cpu {
+// Most tokens that the linear kernels take, in one pass over the codes: beyond, slices of W are dequantized for the
+// dense library.
+constexpr int64_t kFewTokens = 16;
 
-// Most tokens that `linear` takes: beyond, slices of W are dequantized for the dense library.
-constexpr int64_t kLinearTokens = 16;
+namespace cpu {
 
 struct QuantKernels {
   // Rows of w [n, m], contiguous.
