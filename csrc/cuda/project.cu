@@ -23,8 +23,8 @@ unsigned blocks_for(int64_t items, int64_t per_block) {
 
 // A thread takes eight columns of a row at a time; chunks = ceil(m / 8) of them a row.
 template <class T, class TT>
-__global__ void __launch_bounds__(kThreads)
-    update_kernel(T* w, int64_t m, int64_t first_row, int64_t rows, UpdateOperands operands, DeviceUpdate update) {
+__global__ void __launch_bounds__(kThreads) weight_update_kernel(T* w, int64_t m, int64_t first_row, int64_t rows,
+                                                                 UpdateOperands operands, DeviceUpdate update) {
   if (update.skipped()) return;
   const UpdateScalars scalars = update.scalars();
   const int64_t chunks = ceil_div(m, kEight), total = rows * chunks;
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // out = -lr alpha x: what the dense library then adds to W through its own epilogue.
 template <class T>
-__global__ void __launch_bounds__(kThreads) fold_kernel(const T* x, int64_t n, DeviceUpdate update, T* out) {
+__global__ void __launch_bounds__(kThreads) fold_step_kernel(const T* x, int64_t n, DeviceUpdate update, T* out) {
   const float step = update.scalars().step;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < n; i += int64_t(gridDim.x) * kThreads)
     out[i] = as_type<T>(codec::multiply(step, as_float(x[i])));
@@ -201,8 +201,8 @@ cudaError_t launch_update(DType type, void* w, int64_t m, Range rows, const Upda
   return with_type(type, [&](auto* tag) {
     using T = Pointee<decltype(tag)>;
     const bool wide = operands.t_type == DType::f32;
-    return launch(wide ? update_kernel<T, float> : update_kernel<T, T>, blocks_for(chunks, kThreads), kThreads, 0,
-                  stream, static_cast<T*>(w), m, rows.begin, rows.size(), operands, update);
+    return launch(wide ? weight_update_kernel<T, float> : weight_update_kernel<T, T>, blocks_for(chunks, kThreads),
+                  kThreads, 0, stream, static_cast<T*>(w), m, rows.begin, rows.size(), operands, update);
   });
 }
 
@@ -211,8 +211,8 @@ cudaError_t launch_fold(DType type, const void* x, int64_t n, const DeviceUpdate
   if (n == 0) return cudaSuccess;
   return with_type(type, [&](auto* tag) {
     using T = Pointee<decltype(tag)>;
-    return launch(fold_kernel<T>, blocks_for(n, kThreads), kThreads, 0, stream, static_cast<const T*>(x), n, update,
-                  static_cast<T*>(out));
+    return launch(fold_step_kernel<T>, blocks_for(n, kThreads), kThreads, 0, stream, static_cast<const T*>(x), n,
+                  update, static_cast<T*>(out));
   });
 }
 

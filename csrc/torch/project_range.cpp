@@ -3,11 +3,12 @@
 // X [a, b] is G or its transpose, such that its left vectors are asked for. With l = rank + oversample test vectors:
 //     Y = X Omega;   iters times: Y = X orth(X^T orth(Y));   Q R = Y;   U = the first columns of Q eigenvectors(R R^T)
 //
-// orth is Cholesky-QR with a Gram matrix in fp64: L L^T = Y^T Y, Y L^-T, orthonormal to eps32 cond(Y), which is enough
-// between products. The last basis takes two passes (CholeskyQR2: Yamamoto, Nakatsukasa, Yanagisawa, Fukaya, "Roundoff
-// error analysis of the CholeskyQR2 algorithm", ETNA 2015), after noise of relative size kNoise has given Y full rank:
-// then cond(Y) <= 1 / kNoise, the smallest eigenvalue kNoise^2 of the Gram matrix is far above fp64's rounding, and the
-// result is orthonormal whatever the rank of G.
+// All bases come from Cholesky-QR, Y L^-T with L L^T = Y^T Y + shift. Between products the shift is above fp32's
+// rounding: no factorization fails, large directions become orthonormal, small ones keep a part of their length, which
+// is all that a power iteration needs. The last basis takes two passes (CholeskyQR2: Yamamoto, Nakatsukasa, Yanagisawa,
+// Fukaya, "Roundoff error analysis of the CholeskyQR2 algorithm", ETNA 2015), the first with an fp64 Gram matrix, after
+// noise of relative size kNoise has given Y full rank: then cond(Y) <= 1 / kNoise, the smallest eigenvalue kNoise^2 is
+// far above fp64's rounding, and the result is orthonormal whatever the rank of G.
 #include <algorithm>
 #include <cmath>
 
@@ -18,7 +19,7 @@ namespace {
 
 constexpr const char* kOp = "randomized_range";
 constexpr double kNoise = 1e-6;
-constexpr double kShift = 1e-14;  // added to a Gram matrix of trace 1
+constexpr double kShift32 = 4e-6, kShift64 = 1e-14;  // of the Gram matrix's trace
 // Beyond this part of all directions test vectors save nothing, and noise no longer has full rank to spare.
 constexpr double kNearlyAll = 0.75;
 
@@ -56,14 +57,23 @@ struct Factors {
   Tensor Q, R;  // Q R = y, R upper triangular
 };
 
-Factors cholesky_qr(const Tensor& y, ScalarType precision) {
+Factors cholesky_qr(const Tensor& y, ScalarType precision, double shift) {
   const Tensor wide = precision == y.scalar_type() ? y : converted(y, precision);
-  const Tensor ones = torch::stable::fill_(empty_like_shape(wide, {y.size(1)}), 1);
-  const Tensor gram = aten("aten::diag_embed", "", ones, int64_t(0), int64_t(0), int64_t(1));
-  dense_out(gram, gram, t2(wide), wide, precision == ScalarType::Double ? kShift : 0, 1);
+  Tensor gram = dense(t2(wide), wide);
+  if (shift > 0) {
+    const Tensor trace = aten("aten::trace", "", gram);
+    const Tensor floor = torch::stable::fill_(empty_like_shape(trace, {y.size(1)}), 1e-30);
+    const Tensor size = aten("aten::maximum", "", floor, trace);
+    gram =
+        torch::stable::subtract(gram, aten("aten::diag_embed", "", size, int64_t(0), int64_t(0), int64_t(1)), -shift);
+  }
   const Tensor lower = one_of_two(0, "aten::linalg_cholesky_ex", gram, false, false);
-  const Tensor upper = t2(converted(lower, y.scalar_type()));
+  const Tensor upper = t2(lower.scalar_type() == y.scalar_type() ? lower : converted(lower, y.scalar_type()));
   return {aten("aten::linalg_solve_triangular", "", upper, y, true, false, false), upper};
+}
+
+Tensor orth(const Tensor& y) {
+  return cholesky_qr(y, ScalarType::Float, kShift32).Q;
 }
 
 Tensor with_unit_norm(const Tensor& y) {
@@ -71,10 +81,6 @@ Tensor with_unit_norm(const Tensor& y) {
   const Tensor squares = torch::stable::sum(
       aten("aten::mul", "Tensor", y, y), std::optional(torch::headeronly::IntHeaderOnlyArrayRef(dims.data(), 2)), true);
   return divided(y, aten("aten::sqrt", "", squares));
-}
-
-Tensor orth(const Tensor& y) {
-  return cholesky_qr(with_unit_norm(y), ScalarType::Double).Q;
 }
 
 // The leading left singular vectors of X, [a, rank].
@@ -94,8 +100,8 @@ Tensor left_vectors(const Tensor& X, int64_t rank, int64_t oversample, int64_t i
   const Tensor noise = t2(normals(kOp, seed, 1, {l, 2 * l}, {0, a}, ScalarType::Float));
   const double smallest = std::sqrt(double(a)) - std::sqrt(double(l));  // singular value of the noise
   const Factors first =
-      cholesky_qr(torch::stable::subtract(with_unit_norm(Y), noise, -kNoise / smallest), ScalarType::Double);
-  const Factors second = cholesky_qr(first.Q, ScalarType::Float);
+      cholesky_qr(torch::stable::subtract(with_unit_norm(Y), noise, -kNoise / smallest), ScalarType::Double, kShift64);
+  const Factors second = cholesky_qr(first.Q, ScalarType::Float, 0);
   const Tensor R = dense(second.R, first.R);
   Tensor V = eigenvectors(dense(R, t2(R)));
   return dense(second.Q, torch::stable::narrow(V, 1, 0, rank));
@@ -113,10 +119,12 @@ Tensor randomized_range(const Tensor& G, int64_t rank, const Tensor& seed, int64
   check(oversample >= 0 && iters >= 0, kOp, "oversample and iters must not be negative, got ", oversample, " and ",
         iters);
   const DeviceScope scope(G);
-  const std::vector<int64_t> dims = {0, 1};
-  const Tensor wide = converted(aten("aten::detach", "", G), ScalarType::Float);
-  const Tensor largest =
-      torch::stable::amax(aten("aten::abs", "", wide), torch::headeronly::IntHeaderOnlyArrayRef(dims.data(), 2), true);
+  const Tensor detached = aten("aten::detach", "", G);
+  const Tensor wide = G.scalar_type() == ScalarType::Float ? detached : converted(detached, ScalarType::Float);
+  const std::vector<int64_t> both = {0, 1};
+  const torch::headeronly::IntHeaderOnlyArrayRef dims(both.data(), 2);
+  const Tensor lowest = aten("aten::neg", "", aten("aten::amin", "", wide, dims, true));
+  const Tensor largest = aten("aten::maximum", "", torch::stable::amax(wide, dims, true), lowest);
   const Tensor X = divided(wide, largest);  // no square of it over- or underflows
   const Tensor U = left_vectors(side == Side::left ? X : t2(X), rank, oversample, iters, seed);
   const Tensor poison = torch::stable::subtract(largest, largest);  // 0, or NaN where G is not finite
