@@ -241,7 +241,7 @@ Tensor w8a16_linear(const Tensor& x, const Tensor& codes, const Tensor& scale, c
   shape.back() = n;
   const Tensor y = empty_like_shape(x, {tokens, n});
   const DeviceScope scope(x);
-  if (type != DType::f64 && tokens <= kFewTokens) {
+  if (type != DType::f64 && tokens <= (is_cuda(x) ? kFewTokens : kFewTokensCpu)) {
     few_tokens(q, x2, bias, y);
   } else {
     const int64_t slice = std::max<int64_t>(1, slice_elements(x) / std::max<int64_t>(m, 1));
