@@ -133,7 +133,7 @@ Tensor BackProjection::slice(int64_t first, int64_t rows) {
 StochasticRounding host_rounding(int64_t round_mode, const MaybeTensor& rng) {
   if (round_mode == 0) return {};
   const int64_t* words = rng->const_data_ptr<int64_t>();
-  return {true, {uint64_t(words[0]), uint32_t(words[1])}};
+  return {true, uint64_t(words[0]), uint32_t(words[1])};
 }
 
 UpdateScalars host_scalars(const UpdateOptions& o) {

@@ -24,8 +24,8 @@ struct GroupCodes {
   uint8_t* zero;   // [n, groups()]
   int64_t m, group;
   int bits;
-  SLK_HD int64_t groups() const { return (m + group - 1) / group; }
-  SLK_HD int64_t row_bytes() const { return bits == 8 ? m : (m + 1) / 2; }
+  SLK_HD __attribute__((always_inline)) int64_t groups() const { return (m + group - 1) / group; }
+  SLK_HD __attribute__((always_inline)) int64_t row_bytes() const { return bits == 8 ? m : (m + 1) / 2; }
 };
 
 // Most tokens that the linear kernels take, in one pass over the codes: beyond, slices of W are dequantized for the
