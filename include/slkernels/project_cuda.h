@@ -2,9 +2,10 @@
 // that change from step to step are read on the device; nothing waits for it.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include "slkernels/project_quant.h"
+
+#if defined(SLKERNELS_WITH_CUDA) || defined(__CUDACC__)
+#include <cuda_runtime_api.h>
 
 namespace slk::cuda {
 
@@ -54,3 +55,4 @@ cudaError_t launch_linear_q(DType, const GroupCodes&, const void* x, int64_t tok
                             void* y, cudaStream_t);
 
 }  // namespace slk::cuda
+#endif
