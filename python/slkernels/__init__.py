@@ -18,6 +18,17 @@ from . import convert, nn, optim
 from .gemm import gemm
 from .lowrank import lowrank_linear
 from .optim import adam_q_, dequantize_block, quantize_block
+from .project import (
+    apollo_scale_update_,
+    project,
+    project_back,
+    project_back_add_,
+    rand_matrix,
+    rand_project,
+    rand_project_back,
+    randomized_range,
+)
+from .project_quant import dequantize_group, grad_carrier, project_back_add_q_, quantize_group, w8a16_linear
 from .sl import sl_linear
 from .sparse import (
     check_support,
@@ -43,21 +54,34 @@ def build_info() -> dict[str, object]:
 __all__ = [
     "Support",
     "adam_q_",
+    "apollo_scale_update_",
     "build_info",
     "check_support",
     "compose",
     "convert",
     "dequantize_block",
+    "dequantize_group",
     "gather_support",
     "gemm",
+    "grad_carrier",
     "lowrank_linear",
     "nn",
     "optim",
+    "project",
+    "project_back",
+    "project_back_add_",
+    "project_back_add_q_",
     "quantize_block",
+    "quantize_group",
+    "rand_matrix",
+    "rand_project",
+    "rand_project_back",
     "random_blocks8",
     "random_support",
+    "randomized_range",
     "sddmm",
     "sl_linear",
     "spmm",
     "spmm_t",
+    "w8a16_linear",
 ]

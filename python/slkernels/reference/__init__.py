@@ -4,7 +4,7 @@ The functions have the names and arguments of the ops, work in any floating dtyp
 differentiable by autograd. They are written to be read, not to be fast: S is a dense matrix here.
 """
 
-from . import optim
+from . import optim, project
 from .gemm import gemm
 from .lowrank import lowrank_linear
 from .random_support import permute, random_blocks8, random_support, round_keys
@@ -19,6 +19,7 @@ __all__ = [
     "lowrank_linear",
     "optim",
     "permute",
+    "project",
     "random_blocks8",
     "random_support",
     "round_keys",
