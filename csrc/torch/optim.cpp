@@ -38,8 +38,11 @@ DType float_type_of(const char* op, const char* name, const Tensor& t) {
 
 // ---- quantize_block, dequantize_block -----------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> quantize_block(const Tensor& x, std::string codec_name, int64_t block) {
+std::tuple<Tensor, Tensor> quantize_block(const Tensor& x, std::string codec_name, int64_t block, int64_t round_mode,
+                                          std::optional<Tensor> rng) {
   constexpr const char* op = "quantize_block";
+  check(round_mode == 0, op, "round_mode ", round_mode, " is not supported yet; supported: 0 (nearest even)");
+  check(!rng.has_value(), op, "rng is not supported yet; pass None");
   const Codec codec = codec_of(op, codec_name);
   check_block(op, block);
   const DType dtype = float_type_of(op, "x", x);
@@ -57,8 +60,9 @@ std::tuple<Tensor, Tensor> quantize_block(const Tensor& x, std::string codec_nam
 }
 
 Tensor dequantize_block(const Tensor& codes, const Tensor& scale, std::string codec_name, int64_t block,
-                        std::optional<ScalarType> out_type) {
+                        std::optional<ScalarType> out_type, std::optional<int64_t> numel) {
   constexpr const char* op = "dequantize_block";
+  check(!numel || *numel == codes.numel(), op, "numel must be the number of codes, ", codes.numel());
   const Codec codec = codec_of(op, codec_name);
   check_block(op, block);
   check(codes.scalar_type() == ScalarType::Byte, op, "codes must be uint8, got ", show(codes.scalar_type()));
@@ -178,7 +182,9 @@ void run_adam(const std::vector<cpu::AdamTensor>& tensors, const cpu::AdamStep& 
 void adam_q_(Tensors params, Tensors grads, Tensors m, Tensors m_scale, Tensors v, Tensors v_scale, Tensors master_lo,
              const Tensor& step, const Tensor& lr, double beta1, double beta2, double eps, double weight_decay,
              bool decoupled, std::string codec, int64_t block, std::optional<Tensor> grad_scale,
-             std::optional<Tensor> found_inf, int64_t round_mode, std::optional<Tensor> rng) {
+             std::optional<Tensor> found_inf, int64_t round_mode, std::optional<Tensor> rng,
+             std::optional<Tensor> nonfinite) {
+  check(!nonfinite.has_value(), kAdam, "nonfinite is not supported yet; pass None");
   check(codec == "dyn8", kAdam, "codec '", codec, "' is not supported yet; supported: 'dyn8'");
   check(master_lo.empty(), kAdam, "master_lo is not supported yet; pass an empty list");
   check(round_mode == 0, kAdam, "round_mode ", round_mode, " is not supported yet; supported: 0 (nearest even)");

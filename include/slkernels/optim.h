@@ -1,26 +1,21 @@
-// Family `optim`: block-wise quantized optimizer state, and the fused AdamW step that lives on it.
+// Family `optim`: block-wise quantized optimizer state, and the fused multi-tensor steps that live on it.
 //
-//   quantize_block    scale[b] = max |x| of block b;  codes[i] = the code of map nearest to x[i] / scale[b]
-//   dequantize_block  x[i] = map[codes[i]] * scale[b]
-//   adam_q_           decode m and v, one Adam(W) step in fp32, encode them again, in one pass over memory
+//   quantize_block    a scale and codes for each block: optim_codec.cuh defines the codecs
+//   dequantize_block  and back
+//   adam_q_, adam_q_dir_, ademamix_q_, momentum_q_
+//                     decode the moments, one step in fp32 (optim_step.cuh defines the rules), encode them again, in
+//                     one pass over memory
 //
-// Blocks are runs of `block` elements of the flattened tensor (the last one may be shorter). The map `dyn8` is
-// bitsandbytes' dynamic map, signed for m and unsigned for v; csrc/cpu/dyn8.h has it in closed form.
-//
-// One Adam step, element by element (g = grad / grad_scale; torch.optim.AdamW's order, decay before the update):
-//   g += weight_decay * p                             only when not decoupled
-//   m' = beta1 m + (1 - beta1) g;   v' = beta2 v + (1 - beta2) g^2
-//   p  = p (1 - lr weight_decay) - lr / (1 - beta1^t) * m' / (sqrt(v') / sqrt(1 - beta2^t) + eps)
-// m' and v' are used before they are quantized. Where v' is not finite (a NaN or infinite gradient, or an overflow)
-// m and v keep their old values, so that one element cannot wipe the scale of its block; p follows the formula, and
-// becomes NaN as it does in torch.
+// Blocks are runs of `block` elements of the flattened tensor (the last one may be shorter). Moments are used before
+// they are quantized. Where a moment would not be finite (a NaN or infinite gradient, or an overflow), the element's
+// moments keep their old values, so that one element cannot wipe the scale of its block, and it is counted.
 #pragma once
 
+#include "slkernels/optim_codec.cuh"
+#include "slkernels/optim_step.cuh"
 #include "slkernels/types.h"
 
 namespace slk {
-
-enum class Codec : int { dyn8, dyn8u };
 
 constexpr int64_t kMaxQuantBlock = 4096;     // a block's m and v stay in L1 as fp32
 constexpr int64_t kQuantBlockMultiple = 16;  // whole vectors on every ISA

@@ -8,11 +8,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define SLK_HD __host__ __device__
-#else
-#define SLK_HD
-#endif
+#include "slkernels/types.h"
 
 namespace slk {
 

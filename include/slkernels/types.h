@@ -3,6 +3,13 @@
 
 #include <cstdint>
 
+// Marks what both devices compile.
+#if defined(__CUDACC__)
+#define SLK_HD __host__ __device__
+#else
+#define SLK_HD
+#endif
+
 namespace slk {
 
 enum class DType : int { f32, bf16, f16, f64 };

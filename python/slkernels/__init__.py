@@ -17,7 +17,7 @@ except ImportError as error:
 from . import convert, nn, optim
 from .gemm import gemm
 from .lowrank import lowrank_linear
-from .optim import adam_q_, dequantize_block, quantize_block
+from .optim import adam_q_, adam_q_dir_, ademamix_q_, dequantize_block, momentum_q_, quantize_block
 from .project import (
     apollo_scale_update_,
     project,
@@ -54,6 +54,8 @@ def build_info() -> dict[str, object]:
 __all__ = [
     "Support",
     "adam_q_",
+    "adam_q_dir_",
+    "ademamix_q_",
     "apollo_scale_update_",
     "build_info",
     "check_support",
@@ -65,6 +67,7 @@ __all__ = [
     "gemm",
     "grad_carrier",
     "lowrank_linear",
+    "momentum_q_",
     "nn",
     "optim",
     "project",
