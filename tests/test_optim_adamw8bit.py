@@ -160,7 +160,7 @@ def test_closure_sparse_and_arguments():
     embedding(torch.tensor([3])).sum().backward()
     with pytest.raises(RuntimeError, match="does not support sparse gradients"):
         AdamW8bit(embedding.parameters()).step()
-    for bad in ({"lr": -1.0}, {"betas": (1.0, 0.9)}, {"eps": -1.0}, {"codec": "dyn4"}, {"block_size": 100}):
+    for bad in ({"lr": -1.0}, {"betas": (1.0, 0.9)}, {"eps": -1.0}, {"codec": "dyn2"}, {"block_size": 100}):
         with pytest.raises(ValueError, match=f"{next(iter(bad))} is out of range"):
             AdamW8bit(params, **bad)
 
@@ -238,7 +238,7 @@ def test_bitsandbytes_layout_loads_and_continues(wrapped):
     saved, m, v = bitsandbytes_layout(wrapped)
     params = make_params(((70, 100), (40,)))
     optimizer = AdamW8bit(params, lr=1.0)
-    optimizer.load_bitsandbytes_state_dict(saved)
+    optimizer.load_state_dict(saved)
     group = optimizer.param_groups[0]
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (2e-3, (0.8, 0.99), 1e-7, 0.2)
     set_grads(params, 5)
@@ -259,7 +259,7 @@ def test_bitsandbytes_layout_loads_and_continues(wrapped):
     optimizer.step()
     torch.testing.assert_close(p.detach().double(), want, rtol=1e-6, atol=1e-7)
     assert float(optimizer.state[p]["step"]) == 18
-    back = optimizer.bitsandbytes_state_dict()["state"]
+    back = optimizer.state_dict("bitsandbytes")["state"]
     assert back[0]["step"] == 18 and same_bits(back[0]["qmap1"], reference.dynamic_map(True))
     assert set(back[1]) == {"step", "state1", "state2"}
 
@@ -270,12 +270,12 @@ def test_bitsandbytes_layout_errors():
         (lambda s: s["state"][0].pop("absmax1"), "only block-wise states"),
         (lambda s: s["state"][0].update(qmap1=torch.linspace(-1, 1, 256)), "qmap1 is not bitsandbytes' dynamic map"),
         (lambda s: s["state"][0].update(absmax1=torch.zeros(3)), "fits neither blocks of 256 nor of 2048"),
-        (lambda s: s["state"][0].pop("state1"), "not a state of bitsandbytes' Adam"),
+        (lambda s: s["state"][0].pop("state1"), "lacks m"),
     ):
         broken = copy.deepcopy(saved)
         change(broken)
         with pytest.raises(ValueError, match=message):
-            AdamW8bit(make_params(((70, 100), (40,)))).load_bitsandbytes_state_dict(broken)
+            AdamW8bit(make_params(((70, 100), (40,)))).load_state_dict(broken)
 
 
 def test_a_state_of_real_bitsandbytes_continues_and_goes_back():
@@ -291,7 +291,7 @@ def test_a_state_of_real_bitsandbytes_continues_and_goes_back():
         for p, q in zip(ours, theirs, strict=True):
             p.copy_(q)
     optimizer = AdamW8bit(ours)
-    optimizer.load_bitsandbytes_state_dict(bnb_optimizer.state_dict())
+    optimizer.load_state_dict(bnb_optimizer.state_dict())
     for p, q in zip(ours, theirs, strict=True):
         assert torch.equal(optimizer.state[p]["m"], bnb_optimizer.state[q]["state1"])
     # One step from the same state: the update uses unquantized moments, so the parameters agree closely. (Their codes
@@ -304,7 +304,7 @@ def test_a_state_of_real_bitsandbytes_continues_and_goes_back():
         assert not torch.equal(p, start)
     # and back
     again = bnb.optim.AdamW8bit(make_params(sizes), **hyper)
-    again.load_state_dict(optimizer.bitsandbytes_state_dict())
+    again.load_state_dict(optimizer.state_dict("bitsandbytes"))
     for p, q in zip(ours, again.param_groups[0]["params"], strict=True):
         assert torch.equal(again.state[q]["state1"], optimizer.state[p]["m"]) and again.state[q]["step"] == 4
         set_grads([q], 10)

@@ -6,6 +6,7 @@
 
 #include "slkernels/lowrank.h"
 #include "slkernels/optim.h"
+#include "slkernels/optim_norm.h"
 #include "slkernels/sparse.h"
 
 namespace slk::cpu {
@@ -112,5 +113,6 @@ std::vector<std::string> compiled_isas() {
 SLK_TABLE(LowRankKernels, lowrank_table, lowrank_kernels)
 SLK_TABLE(SparseKernels, sparse_table, sparse_kernels)
 SLK_TABLE(OptimKernels, optim_table, optim_kernels)
+SLK_TABLE(NormKernels, norm_table, norm_kernels)
 
 }  // namespace slk::cpu
