@@ -1,0 +1,223 @@
+"""The base class of the optimizers that keep Adam's moments of a matrix in a small subspace."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ._dtensor import is_dtensor
+from ._quantized import Launch, QuantizedOptimizer
+from ._state import CODECS, Moment, State, new_moment
+from .ops import adam_q_, adam_q_dir_
+
+_NEVER = 2**62  # min_numel with which no moment is quantized
+_CALLS, _DUE = "calls", "due"
+
+
+def low_rank_groups(
+    model: nn.Module,
+    rank: int,
+    targets: Iterable[str] = ("attn", "mlp"),
+    *,
+    params: Iterable[Tensor] | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Two parameter groups: the weights of the linear layers whose name contains one of ``targets``, with ``rank`` and
+    ``options``, and everything else (embeddings, head, norms, biases) with rank None, for plain AdamW.
+
+    Args:
+        params: only these; for :func:`per_layer`, whose ``make_optimizer`` gets one module's parameters at a time::
+
+            per_layer(model, lambda params: GaLoreAdamW(low_rank_groups(model, 256, params=params), lr=1e-2))
+
+    Raises:
+        ValueError: without ``params``, no linear layer has such a name.
+    """
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    chosen = {
+        p
+        for name, module in model.named_modules()
+        if any(target in name for target in targets) and hasattr(module, "in_features")
+        for p in module.parameters(recurse=False)
+        if p.dim() == 2 and p.requires_grad
+    }
+    if params is None and not chosen:
+        raise ValueError(f"no linear layer of {type(model).__name__} has a name that contains any of {targets}")
+    everything = [p for p in (model.parameters() if params is None else params) if p.requires_grad]
+    low_rank = [p for p in everything if p in chosen]
+    rest = [p for p in everything if p not in chosen]
+    groups = [{"params": low_rank, "rank": rank, **options}, {"params": rest, "rank": None}]
+    return [group for group in groups if group["params"]]
+
+
+class LowRankOptimizer(QuantizedOptimizer):
+    """What they share: which tensors take part, plain AdamW for the others, the schedule of subspaces, checkpoints.
+
+    A matrix of a group with a ``rank`` takes part; tensors of other dimensions, and groups whose rank is None, are
+    stepped by plain AdamW in one call. Moments, projected or not, are float32, or quantized as in :class:`AdamW8bit`.
+
+    ``state[p]`` of a matrix holds plain tensors: ``step``; ``m``, ``v`` and their scales in the subspace; ``calls`` and
+    ``due`` (int64 on the CPU: the steps made, and the step that draws the next subspace); and what a subclass adds.
+    """
+
+    _moments: ClassVar = (Moment("m", "exp_avg"), Moment("v", "exp_avg_sq", signed=False))
+    _bitsandbytes: ClassVar[bool] = False
+
+    def __init__(self, params: Iterable[Any], defaults: State, codec: str | None, max_grad_norm: float | None):
+        quantized = {"codec": codec or "dyn8", "block_size": CODECS[codec or "dyn8"].block, "min_numel": 4096}
+        if codec is None:
+            quantized["min_numel"] = _NEVER
+        super().__init__(params, {**defaults, **quantized}, max_grad_norm)
+
+    def _check(self, group: State) -> None:
+        super()._check(group)
+        betas, rank = group["betas"], group["rank"]
+        self._require(group, betas=len(betas) == 2 and all(0 <= b < 1 for b in betas), eps=group["eps"] >= 0)
+        self._require(group, rank=rank is None or rank >= 1, update_proj_gap=group["update_proj_gap"] >= 1)
+
+    # ---- what a subclass defines -------------------------------------------------------------------------------------
+
+    def _low_rank_shape(self, group: State, p: Tensor) -> tuple[int, int]:
+        """Of the projected gradient."""
+        raise NotImplementedError
+
+    def _subspace_state(self, group: State, p: Tensor) -> State:
+        """What describes the subspace, before there is one."""
+        raise NotImplementedError
+
+    def _renew(self, group: State, p: Tensor, state: State) -> None:
+        """A new subspace from p.grad. May wait for the device."""
+        raise NotImplementedError
+
+    def _project(self, group: State, p: Tensor, state: State) -> Tensor:
+        """The gradient in the subspace."""
+        raise NotImplementedError
+
+    def _apply(self, group: State, p: Tensor, state: State, R: Tensor, N: Tensor, lr: Tensor, extra: State) -> None:
+        """Update p; R, N: the projected gradient and Adam's direction there."""
+        raise NotImplementedError
+
+    # ---- the step ----------------------------------------------------------------------------------------------------
+
+    def _takes_part(self, group: State, p: Tensor) -> bool:
+        return group["rank"] is not None and p.dim() == 2
+
+    def _new_state(self, group: State, p: Tensor) -> State:
+        if not self._takes_part(group, p):
+            return super()._new_state(group, p)
+        if is_dtensor(p):
+            raise RuntimeError(f"{type(self).__name__} needs whole matrices; give DTensors to a group with rank None")
+        small = torch.empty((), device=p.device).expand(self._low_rank_shape(group, p))
+        state = {k: v for moment in self._moments for k, v in new_moment(group, small, moment).items()}
+        state |= {_CALLS: torch.zeros((), dtype=torch.int64), _DUE: torch.zeros((), dtype=torch.int64)}
+        return {**state, **self._subspace_state(group, p)}
+
+    def _update(self, launch: Launch, group: State, lr: Tensor, scales: dict[str, Tensor | None]) -> None:
+        beta1, beta2 = group["betas"]
+        shared = {"beta1": beta1, "beta2": beta2, "eps": group["eps"]}
+        shared |= {"codec": group["codec"], "block": group["block_size"], **scales}
+        inside = [self._takes_part(group, p) for p in launch.whole]
+
+        def pick(items: list, which: bool) -> list:
+            return [item for item, taking_part in zip(items, inside, strict=True) if taking_part == which]
+
+        if not all(inside):
+            lists = [pick(items, False) for items in (launch.params, launch.grads, *launch.lists)]
+            adam_q_(*lists, [], launch.step, lr, weight_decay=group["weight_decay"], **shared)
+        if not any(inside):
+            return
+        params = pick(launch.params, True)
+        states = [self.state[p] for p in params]
+        for p, state in zip(params, states, strict=True):
+            self._renew_if_due(group, p, state, scales["found_inf"])
+        R = [self._project(group, p, state) for p, state in zip(params, states, strict=True)]
+        N = [torch.empty_like(r) for r in R]
+        adam_q_dir_(R, *(pick(items, True) for items in launch.lists), N, launch.step, **shared)
+        extra = self._step_scalars(group, launch.step) | {"found_inf": scales["found_inf"]}
+        for p, state, r, n in zip(params, states, R, N, strict=True):
+            self._apply(group, p, state, r, n, lr, extra)
+
+    def _step_scalars(self, group: State, step: Tensor) -> State:
+        """0-d tensors that all updates of a step share."""
+        return {}
+
+    def _renew_if_due(self, group: State, p: Tensor, state: State, found_inf: Tensor | None) -> None:
+        calls = int(state[_CALLS])
+        if calls >= int(state[_DUE]):
+            # A step that is skipped for infinite gradients has no directions to offer: the next one is asked.
+            if found_inf is not None and not found_inf.is_meta and bool(found_inf):
+                return
+            self._renew(group, p, state)
+            state[_DUE].fill_(calls + self._gap(group, state))
+        state[_CALLS].add_(1)
+
+    def _gap(self, group: State, state: State) -> int:
+        return group["update_proj_gap"]
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """``torch.optim.Optimizer.state_dict``, plain tensors, with a ``step`` of its own for every parameter. Holds
+        the subspaces and the seeds: training continues from it bit for bit."""
+        out = torch.optim.Optimizer.state_dict(self)
+        own = ("step", _CALLS, _DUE)
+        copied = {k: {**s, **{key: s[key].clone() for key in own if key in s}} for k, s in out["state"].items()}
+        return {**out, "state": copied}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`. Nothing changes if it raises.
+
+        Raises:
+            ValueError: groups, keys, shapes or dtypes that do not fit these parameters.
+        """
+        loaded = self._read(state_dict)
+        empty = {**state_dict, "state": {}}
+        torch.optim.Optimizer.load_state_dict(self, empty)
+        self.state.update(loaded)
+        self._forget()
+
+    def _read(self, given: dict[str, Any]) -> dict[Tensor, State]:
+        ours, theirs = self.param_groups, given["param_groups"]
+        sizes = [[len(group["params"]) for group in groups] for groups in (ours, theirs)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"the state has groups of {sizes[1]} parameters, this optimizer of {sizes[0]}")
+        loaded: dict[Tensor, State] = {}
+        for group, saved in zip(ours, theirs, strict=True):
+            merged = {**saved, "params": group["params"]}
+            self._check(merged)
+            counters: dict[tuple[float, torch.device], Tensor] = {}
+            for key, p in zip(saved["params"], group["params"], strict=True):
+                source = given["state"].get(key)
+                if source:
+                    state = self._read_one(merged, p, source)
+                    counter = (float(state["step"]), p.device)
+                    state["step"] = counters.setdefault(counter, state["step"])
+                    loaded[p] = state
+        return loaded
+
+    def _read_one(self, group: State, p: Tensor, source: State) -> State:
+        step = torch.zeros((), dtype=torch.float32, device=p.device)
+        expected = {**self._new_state(group, p), "step": step}
+        if source.keys() != expected.keys():
+            raise ValueError(f"the state of a parameter {list(p.shape)} must hold {sorted(expected)}, got {sorted(source)}")
+        state = {}
+        for key, want in expected.items():
+            got = source[key]
+            if got.dtype != want.dtype or got.shape != want.shape:
+                raise ValueError(
+                    f"{key} of a parameter {list(p.shape)} must be {want.dtype} {list(want.shape)}, "
+                    f"got {got.dtype} {list(got.shape)}"
+                )
+            state[key] = got.detach().to(want.device, copy=True)
+        return state
+
+
+def bias_correction(step: Tensor, betas: tuple[float, float]) -> Tensor:
+    """sqrt(1 - beta2^t) / (1 - beta1^t), 0-d on step's device: what turns m / sqrt(v) into mhat / sqrt(vhat)."""
+    t = step.reshape(()).clamp(min=1)
+    one, two = (-torch.expm1(t * math.log(beta)) if beta else torch.ones_like(t) for beta in betas)
+    return two.sqrt() / one
