@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..project import apollo_scale_update_
 from ._dtensor import is_dtensor
 from ._quantized import Launch, QuantizedOptimizer
 from ._state import CODECS, Moment, State, new_moment
@@ -203,7 +204,9 @@ class LowRankOptimizer(QuantizedOptimizer):
         step = torch.zeros((), dtype=torch.float32, device=p.device)
         expected = {**self._new_state(group, p), "step": step}
         if source.keys() != expected.keys():
-            raise ValueError(f"the state of a parameter {list(p.shape)} must hold {sorted(expected)}, got {sorted(source)}")
+            raise ValueError(
+                f"the state of a parameter {list(p.shape)} must hold {sorted(expected)}, got {sorted(source)}"
+            )
         state = {}
         for key, want in expected.items():
             got = source[key]
@@ -214,6 +217,38 @@ class LowRankOptimizer(QuantizedOptimizer):
                 )
             state[key] = got.detach().to(want.device, copy=True)
         return state
+
+
+def limited_update(
+    group: State,
+    p: Tensor,
+    state: State,
+    R: Tensor,
+    N: Tensor,
+    lr: Tensor,
+    extra: State,
+    side: str,
+    **options: Any,
+) -> None:
+    """:func:`slkernels.apollo_scale_update_` with the limiter on norms without Adam's bias correction, as in APOLLO's and
+    Fira's code: N has the correction, so the last norm is brought to its units and the new one back."""
+    correction, found_inf = extra["correction"], extra["found_inf"]
+    norm = state["norm"] * correction
+    apollo_scale_update_(
+        p,
+        p.grad,
+        N,
+        R,
+        norm,
+        lr,
+        side,
+        limiter=group["limiter"],
+        weight_decay=group["weight_decay"],
+        found_inf=found_inf,
+        **options,
+    )
+    norm = norm / correction
+    state["norm"].copy_(norm if found_inf is None else torch.where(found_inf.reshape(()) == 0, norm, state["norm"]))
 
 
 def bias_correction(step: Tensor, betas: tuple[float, float]) -> Tensor:
