@@ -1,4 +1,4 @@
-"""What a training loop can leave out of memory by itself: activations within a block, logits, and the gradients of whole
+"""What a training loop can leave out of memory by itself: activations within a block, logits, gradients of whole
 embeddings. The numbers that are trained stay the same."""
 
 from __future__ import annotations

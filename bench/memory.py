@@ -4,26 +4,21 @@
     python -m slkernels.bench.memory --device cuda          # measured by torch's allocator
     python -m slkernels.bench.memory --markdown PATH.json   # the tables of docs/memory.md, from a result
 
-Every row is a real forward, backward and update of the whole model (bench/llama.py with a vocabulary of 32000, bfloat16)
-on one micro-batch of 1 x 256 tokens, several steps long; see docs/memory.md for what is counted.
+Every row is a real forward, backward and update of the whole model (bench/llama.py with a vocabulary of 32000, in
+bfloat16) on a micro-batch of 1 x 256 tokens, several steps long; docs/memory.md says what is counted.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
-import sys
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
 import torch
 from slkernels import convert
-from slkernels.bench import environment, frugal, published
-from slkernels.bench.__main__ import default_folder
-from slkernels.bench.live_bytes import fused_attention, LiveBytes, distinct_bytes
+from slkernels.bench import frugal, published
+from slkernels.bench.live_bytes import LiveBytes, distinct_bytes, fused_attention
 from slkernels.bench.llama import CONFIGS, Llama, LlamaConfig
 from slkernels.bench.trainer import StepMeter
 from slkernels.optim import AdamW8bit, per_layer

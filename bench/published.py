@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 
 class _SparseLinear(torch.autograd.Function):
-    """W = B A' + scatter(values), built in forward and again in backward; A' is the scaled copy of A, kept in between."""
+    """W = B A' + scatter(values), built in forward and again in backward; A', the scaled A, is kept in between."""
 
     @staticmethod
     def _weight(B: Tensor, A: Tensor, values: Tensor, index: Tensor) -> Tensor:

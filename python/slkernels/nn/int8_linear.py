@@ -25,8 +25,8 @@ class Int8Linear(nn.Module):
     """y = x W^T + bias with W [out, in] in 8 bits: asymmetric groups of a row, scale and zero point each.
 
     W has no floating-point copy. Its gradient arrives in ``carrier.grad``, a parameter of W's shape and one element of
-    memory, hooks and accumulation included; :class:`slkernels.optim.QGaLoreAdamW8bit` updates the codes from there, with
-    stochastic rounding. Optimizers that do not know the layer cannot train it.
+    memory, hooks and accumulation included; :class:`slkernels.optim.QGaLoreAdamW8bit` updates the codes from there,
+    with stochastic rounding. Optimizers that do not know the layer cannot train it.
 
     Args:
         in_features, out_features: m and n.

@@ -68,10 +68,13 @@ class LowRankOptimizer(QuantizedOptimizer):
     _moments: ClassVar = (Moment("m", "exp_avg"), Moment("v", "exp_avg_sq", signed=False))
     _bitsandbytes: ClassVar[bool] = False
 
-    def __init__(self, params: Iterable[Any], defaults: State, codec: str | None, max_grad_norm: float | None):
-        quantized = {"codec": codec or "dyn8", "block_size": CODECS[codec or "dyn8"].block, "min_numel": 4096}
-        if codec is None:
-            quantized["min_numel"] = _NEVER
+    def __init__(
+        self, params: Iterable[Any], defaults: State, codec: str | None, min_numel: int, max_grad_norm: float | None
+    ):
+        min_numel, codec = (_NEVER, "dyn8") if codec is None else (min_numel, codec)
+        if codec not in CODECS:
+            raise ValueError(f"{type(self).__name__}: codec is out of range: {codec}")
+        quantized = {"codec": codec, "block_size": CODECS[codec].block, "min_numel": min_numel}
         super().__init__(params, {**defaults, **quantized}, max_grad_norm)
 
     def _check(self, group: State) -> None:
@@ -230,8 +233,8 @@ def limited_update(
     side: str,
     **options: Any,
 ) -> None:
-    """:func:`slkernels.apollo_scale_update_` with the limiter on norms without Adam's bias correction, as in APOLLO's and
-    Fira's code: N has the correction, so the last norm is brought to its units and the new one back."""
+    """:func:`slkernels.apollo_scale_update_` with the limiter on norms without Adam's bias correction, as in the public
+    code: N has the correction, so the last norm is brought to its units and the new one back."""
     correction, found_inf = extra["correction"], extra["found_inf"]
     norm = state["norm"] * correction
     apollo_scale_update_(

@@ -39,6 +39,7 @@ class APOLLOAdamW(LowRankOptimizer):
         proj_type: "std" projects the shorter side; "left" or "right".
         codec: None: float32 moments; "dyn8", ...: see :class:`AdamW8bit`.
         seed: of the first P; the following ones count up. The same on all ranks.
+        min_numel: smaller moments are float32 with every codec.
         max_grad_norm: clip by global norm; see :meth:`step`. It acts on the plain tensors; s G does not depend on it.
 
     State of a matrix, besides :class:`LowRankOptimizer`'s: ``seed`` (int64, 0-d), ``norm`` (float32, 0-d).
@@ -64,6 +65,7 @@ class APOLLOAdamW(LowRankOptimizer):
         limiter: float = 1.01,
         proj_type: str = "std",
         codec: str | None = None,
+        min_numel: int = 4096,
         seed: int = 0,
         max_grad_norm: float | None = None,
     ):
@@ -81,7 +83,7 @@ class APOLLOAdamW(LowRankOptimizer):
             "proj_type": proj_type,
             "seed": seed,
         }
-        super().__init__(params, defaults, codec, max_grad_norm)
+        super().__init__(params, defaults, codec, min_numel, max_grad_norm)
 
     def _check(self, group: State) -> None:
         super()._check(group)

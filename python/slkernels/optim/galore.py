@@ -36,8 +36,8 @@ class GaLoreAdamW(LowRankOptimizer):
 
     Between two subspaces a step waits for no device and copies no weight: three calls a list of matrices, with the
     update as one product into W. Adam is the paper's, with eps beside the square root of the corrected v (so is 8-bit
-    GaLore's public code; its float32 optimizer has eps beside the uncorrected one). Moments go on in the new subspace as
-    in the public code. Works with :func:`per_layer`, gradient accumulation, LR schedulers and GradScaler.
+    GaLore's public code; its float32 optimizer has eps beside the uncorrected one). Moments go on in the new subspace,
+    as there. Works with :func:`per_layer`, gradient accumulation, LR schedulers and GradScaler.
 
     Args:
         params: tensors or groups, see :func:`low_rank_groups`; matrices take part, other tensors, and groups with rank
@@ -52,6 +52,7 @@ class GaLoreAdamW(LowRankOptimizer):
         subspace: "randomized" (:func:`slkernels.randomized_range`, GaLore 2, arXiv 2504.20437) or "svd"
             (``torch.linalg.svd`` in float32).
         seed: of the randomized range finder. Ranks with the same gradients and seed have the same subspaces.
+        min_numel: smaller moments are float32 with every codec.
         max_grad_norm: clip by global norm; see :meth:`step`.
 
     State of a matrix, besides :class:`LowRankOptimizer`'s: ``left``, ``right``, in the parameter's dtype.
@@ -76,6 +77,7 @@ class GaLoreAdamW(LowRankOptimizer):
         scale: float = 0.25,
         proj_type: str = "std",
         codec: str | None = None,
+        min_numel: int = 4096,
         subspace: str = "randomized",
         seed: int = 0,
         max_grad_norm: float | None = None,
@@ -94,7 +96,7 @@ class GaLoreAdamW(LowRankOptimizer):
             "seed": seed,
             **options,
         }
-        super().__init__(params, defaults, codec, max_grad_norm)
+        super().__init__(params, defaults, codec, min_numel, max_grad_norm)
 
     def _check(self, group: State) -> None:
         super()._check(group)
