@@ -83,7 +83,7 @@ class QGaLoreAdamW8bit(GaLoreAdamW):
         state = dict(zip(_KEYS, quantize_group(factor, _BITS, _GROUP), strict=True))
         state |= {
             "leading": _leading(side, factor).float(),
-            "similarity": torch.full((group["queue_size"],), torch.nan),
+            "similarity": torch.full((group["queue_size"],), -torch.inf),
         }
         state["gap"] = torch.tensor(group["update_proj_gap"])
         if int8_layer_of(p) is not None:
@@ -107,7 +107,7 @@ class QGaLoreAdamW8bit(GaLoreAdamW):
         queue = state["similarity"]
         queue.copy_(queue.roll(-1))
         queue[-1] = abs(cosine)
-        if float(queue.mean()) >= group["cos_threshold"]:  # NaN until the queue is full
+        if float(queue.mean()) >= group["cos_threshold"]:  # -inf until the queue is full
             state["gap"].mul_(group["gamma_proj"])
 
     def _gap(self, group: State, state: State) -> int:
