@@ -108,15 +108,15 @@ def test_gradients_are_freed_during_backward():
 
 def test_one_call_a_module(monkeypatch):
     calls = []
-    from slkernels.optim import adamw8bit
+    from slkernels.optim import adam
 
-    real = adamw8bit.adam_q_
+    real = adam.adam_q_
 
     def counted(params, *args, **options):
         calls.append(len(params))
         real(params, *args, **options)
 
-    monkeypatch.setattr(adamw8bit, "adam_q_", counted)
+    monkeypatch.setattr(adam, "adam_q_", counted)
     model = make_model()
     optimizer = per_layer(model, make_optimizer)
     backward(model, 0)
@@ -124,6 +124,120 @@ def test_one_call_a_module(monkeypatch):
     assert len(optimizer.optimizers) == 6
     optimizer.step()
     assert len(calls) == 5
+
+
+# ---- clipping -------------------------------------------------------------------------------------------------------
+
+
+def torch_adamw(params):
+    return torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("make", [make_optimizer, torch_adamw], ids=["8bit", "torch"])
+def test_global_norm_clip_in_two_passes(make, accumulation):
+    a, b = make_model(), make_model()
+    whole = make([p for p in a.parameters() if p.requires_grad])
+    layered = per_layer(b, make, accumulation, max_grad_norm=0.3)
+    for step in range(4):
+        for micro in range(accumulation):
+            backward(a, 10 * step + micro, use_sometimes(step, micro))
+        before = copy.deepcopy(b)
+        with layered.measure():
+            for micro in range(accumulation):
+                backward(b, 10 * step + micro, use_sometimes(step, micro))
+        assert same_weights(b, before) and all(p.grad is None for p in b.parameters())
+        norm = nn.utils.get_total_norm([p.grad for p in a.parameters() if p.grad is not None])
+        torch.testing.assert_close(layered.grad_norm, norm, rtol=1e-5, atol=0)
+        divisor = layered._divisor.clone()
+        torch.testing.assert_close(divisor, norm / 0.3, rtol=1e-5, atol=0)
+        assert norm > 0.3
+        for p in a.parameters():
+            if p.grad is not None and make is torch_adamw:
+                p.grad.div_(divisor)
+        for micro in range(accumulation):
+            backward(b, 10 * step + micro, use_sometimes(step, micro))
+        if make is make_optimizer:
+            whole.step(grad_scale=divisor)
+        else:
+            whole.step()
+        layered.step(), whole.zero_grad()
+        assert same_weights(a, b), step
+
+
+def test_both_passes_draw_the_same_random_numbers():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5), nn.Linear(64, 8))
+    optimizer = per_layer(model, make_optimizer, max_grad_norm=1.0)
+    drawn = []
+    model[1].register_forward_hook(lambda _, __, y: drawn.append(y == 0))
+    x = torch.randn(4, 64)
+    for _ in range(2):
+        with optimizer.measure():
+            model(x).square().sum().backward()
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[2], drawn[3]) and not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("make", [make_optimizer, torch_adamw], ids=["8bit", "torch"])
+def test_clip_by_the_norm_of_each_module(make):
+    a, b = make_model(), make_model()
+    modules = [m for m in a.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+    whole = make([p for p in a.parameters() if p.requires_grad])
+    layered = per_layer(b, make, max_layer_norm=0.1)
+    norms = []
+    for step in range(3):
+        backward(a, step), backward(b, step)
+        for module in modules[:-1]:  # the last one is the head, whose weight is the embedding's
+            norms.append(float(nn.utils.clip_grad_norm_(module.parameters(recurse=False), 0.1)))
+        for optimizer in (whole, layered):
+            optimizer.step(), optimizer.zero_grad()
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-4)
+    assert min(norms) < 0.1 < max(norms)
+
+
+def test_an_infinite_norm_skips_the_step():
+    for options in ({"max_grad_norm": 1.0}, {"max_layer_norm": 1.0}):
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+        optimizer = per_layer(model, make_optimizer, **options)
+        before = copy.deepcopy(model)
+
+        def run(model=model):
+            loss = model(torch.ones(1, 64)).sum()
+            (loss * float("inf")).backward()
+
+        if "max_grad_norm" in options:
+            with optimizer.measure():
+                run()
+        run()
+        optimizer.step()
+        assert same_weights(model, before), options
+        assert not optimizer.optimizers[0].nonfinite
+
+
+def test_clipping_errors():
+    model = nn.Linear(64, 64)
+    with pytest.raises(ValueError, match="either by max_grad_norm or by max_layer_norm"):
+        per_layer(model, make_optimizer, max_grad_norm=1.0, max_layer_norm=1.0)
+    optimizer = per_layer(model, make_optimizer, max_grad_norm=1.0)
+    with pytest.raises(RuntimeError, match="run this step's passes under measure"):
+        model(torch.ones(1, 64)).sum().backward()
+    with pytest.raises(RuntimeError, match="no backward pass ran under measure"), optimizer.measure():
+        pass
+    with pytest.raises(ZeroDivisionError), optimizer.measure():  # leaves nothing behind
+        model(torch.ones(1, 64)).sum().backward()
+        raise ZeroDivisionError
+    assert optimizer._norms is None and model.weight.grad is None
+    optimizer.detach()
+    with (
+        pytest.raises(RuntimeError, match="nothing to measure without max_grad_norm"),
+        per_layer(model, make_optimizer).measure(),
+    ):
+        pass
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stop", [0, 1, 2])

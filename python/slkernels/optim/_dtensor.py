@@ -36,3 +36,12 @@ def reduced(t: Tensor, sum_of_shard: Tensor) -> Tensor:
 
     placements = [Replicate() if p.is_replicate() else Partial("sum") for p in t.placements]
     return DTensor.from_local(sum_of_shard, t.device_mesh, placements, run_check=False).full_tensor()
+
+
+def shard_index(t: Tensor) -> int:
+    """The number of this rank's shard among t's; 0 for a plain or replicated tensor."""
+    index = 0
+    for dim, placement in enumerate(t.placements if is_dtensor(t) else ()):
+        if not placement.is_replicate():
+            index = index * t.device_mesh.size(dim) + t.device_mesh.get_local_rank(dim)
+    return index

@@ -17,7 +17,9 @@ from ._state import (
     code_shape,
     decode,
     encode,
+    master_dtype,
     moves_as_codes,
+    new_master,
     scale_shape,
 )
 from .ops import dequantize_block
@@ -53,8 +55,9 @@ def write(optimizer: QuantizedOptimizer, packed: dict[str, Any], format: str) ->
                 state[key] = _own(optimizer, group, p, source, format)
     groups = packed["param_groups"]
     if make:
-        kept = ("params", "param_names", "initial_lr", *optimizer._shared_options)
-        groups = [{k: group[k] for k in kept if k in group} for group in groups]
+        export = optimizer._group_to_torch if format == "torch" else optimizer._group_to_bitsandbytes
+        common = ("params", "param_names", "initial_lr")
+        groups = [{**{k: group[k] for k in common if k in group}, **export(group)} for group in groups]
     return {**packed, "state": state, "param_groups": groups}
 
 
@@ -74,16 +77,12 @@ def _own(optimizer: QuantizedOptimizer, group: State, p: Tensor, source: State, 
 def _to_torch(optimizer: QuantizedOptimizer, group: State, p: Tensor, source: State) -> State:
     state = {"step": source["step"].clone()}
     for moment in optimizer._moments_of(group):
-        if not moment.torch_key:
-            raise ValueError(f"{type(optimizer).__name__} has no counterpart in torch.optim")
         state[moment.torch_key] = decode(group, p, moment, source).clone()
-    return state
+    return optimizer._state_to_torch(group, state)
 
 
 def _bitsandbytes_keys(optimizer: QuantizedOptimizer, group: State) -> list[tuple[str, list[Moment]]]:
     """Its number in the keys of bitsandbytes, "1" or "2", and the moments that are stacked under it."""
-    if not optimizer._bitsandbytes:
-        raise ValueError(f"{type(optimizer).__name__} has no counterpart in bitsandbytes")
     moments = optimizer._moments_of(group)
     first, second = [m for m in moments if m.signed], [m for m in moments if not m.signed]
     return [("1", first), *([("2", second)] if second else [])]
@@ -147,13 +146,11 @@ def read(optimizer: QuantizedOptimizer, given: dict[str, Any]) -> tuple[list[Sta
 def _merge_group(optimizer: QuantizedOptimizer, group: State, saved: State, sources: list[State]) -> State:
     if "codec" in saved:
         return dict(saved)
-    for option in ("amsgrad", "maximize"):
-        if saved.get(option):
-            raise ValueError(f"the state is of an optimizer with {option}, which {type(optimizer).__name__} has not")
-    kept = ("params", "param_names", "initial_lr", *optimizer._shared_options)
-    merged = {**group, **{k: saved[k] for k in kept if k in saved}}
-    if "betas" in merged:
-        merged["betas"] = tuple(saved["betas"][: len(group["betas"])])
+    for option, value in optimizer._fixed_options.items():
+        if saved.get(option, value) != value:
+            raise ValueError(f"{type(optimizer).__name__} has no {option} = {saved[option]}, which the state is with")
+    common = {k: saved[k] for k in ("params", "param_names", "initial_lr") if k in saved}
+    merged = {**group, **common, **optimizer._group_from_others(saved)}
     blocks = [
         (p.numel(), source["absmax1"].shape[-1])
         for p, source in zip(group["params"], sources, strict=True)
@@ -174,12 +171,15 @@ def _bitsandbytes_block(preferred: int, found: list[tuple[int, int]]) -> int:
 def _read_one(optimizer: QuantizedOptimizer, group: State, p: Tensor, source: State) -> State:
     if "state1" in source:
         source = _from_bitsandbytes(optimizer, group, p, source)
+    elif optimizer._is_torch_state(group, source):
+        source = optimizer._state_from_torch(group, source)
     if "step" not in source:
         raise ValueError(f"the state of a parameter {list(p.shape)} lacks step; got {sorted(source)}")
     state: State = {"step": torch.tensor(float(source["step"]), dtype=torch.float32, device=p.device)}
+    state.update(_read_master(group, p, source))
     for moment in optimizer._moments_of(group):
         key, scale = moment.key, moment.key + "_scale"
-        as_float = source.get(key + _FLOAT, source.get(moment.torch_key))
+        as_float = source.get(key + _FLOAT)
         if as_float is not None:
             state.update(encode(group, p, moment, as_float))
         elif key not in source:
@@ -195,6 +195,14 @@ def _read_one(optimizer: QuantizedOptimizer, group: State, p: Tensor, source: St
             state[key] = check_tensor(key, p, source[key], torch.uint8, codes)
             state[scale] = check_tensor(scale, p, source[scale], torch.float32, scale_shape(p.shape, block))
     return state
+
+
+def _read_master(group: State, p: Tensor, source: State) -> State:
+    """Zeros, the low bits of p as it stands, where the source has none."""
+    dtype = master_dtype(group, p)
+    if dtype is None or "master_lo" not in source:
+        return new_master(group, p)
+    return {"master_lo": check_tensor("master_lo", p, source["master_lo"], dtype, p.shape)}
 
 
 def _from_bitsandbytes(optimizer: QuantizedOptimizer, group: State, p: Tensor, source: State) -> State:

@@ -3,41 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from . import _formats
-from ._dtensor import is_dtensor, local
-from ._state import CODECS, Moment, State, new_moment
+from ._dtensor import is_dtensor, local, shard_index
+from ._state import BLOCKS, Moment, State, master_dtype, new_master, new_moment
 from .clip import clip_coef, global_norm_sq
+
+
+class Options(TypedDict, total=False):
+    """What every optimizer takes by keyword, for all groups; all but the last can be set in a group too.
+
+    codec: how moments are stored, see :func:`quantize_block`. The class has a default and a list of its choices.
+    block_size: elements per scale, a multiple of 16 up to 4096. Default: 256; cmp8: 32; dyn4: 128.
+    min_numel: smaller tensors keep float32 moments. Default 4096. Of a DTensor the whole counts, not a shard.
+    master_bits: 0, or 8 or 16 more bits for every bfloat16 parameter: the parameter and ``master_lo`` in its state are
+        together a float32 number (16) or its first 16 significant bits (8).
+    stochastic_rounding: round bfloat16 and float16 parameters (with 8 master_bits: the master) up or down at random
+        instead of to the nearest, so that small updates count on average. Default False.
+    seed: of the random bits. They depend on the seed, the step and a parameter's place in its group.
+    max_grad_norm: clip by global norm, see :meth:`QuantizedOptimizer.step`. Default None.
+    """
+
+    codec: str
+    block_size: int | None
+    min_numel: int
+    master_bits: int
+    stochastic_rounding: bool
+    seed: int
+    max_grad_norm: float | None
 
 
 class Launch:
     """The cached argument lists of one call: parameters that have always been stepped together."""
 
-    def __init__(self, params: list[Tensor], states: list[State], moments: tuple[Moment, ...]):
-        self._params = params
+    def __init__(self, params: list[Tensor], states: list[State], moments: tuple[Moment, ...], seed: int | None):
+        self.whole = params  # as the optimizer was given them, DTensors included
         self._sharded = any(map(is_dtensor, params))
         self.step = states[0]["step"]
         keys = [key for moment in moments for key in (moment.key, moment.key + "_scale")]
         self.lists = [[local(state[key]) for state in states] for key in keys]
-
-    @property
-    def whole(self) -> list[Tensor]:
-        """The parameters as the optimizer was given them, DTensors included."""
-        return self._params
+        self.master = [local(state["master_lo"]) for state in states if "master_lo" in state]
+        self.rng = None if seed is None else torch.tensor([seed, 0], device=self.step.device)
 
     @property
     def params(self) -> list[Tensor]:
-        return [local(p) for p in self._params] if self._sharded else self._params
+        return [local(p) for p in self.whole] if self._sharded else self.whole
 
     @property
     def grads(self) -> list[Tensor]:
         if not self._sharded:
-            return [p.grad for p in self._params]
-        return [local(p.grad if _alike(p) else p.grad.redistribute(placements=p.placements)) for p in self._params]
+            return [p.grad for p in self.whole]
+        return [local(p.grad if _alike(p) else p.grad.redistribute(placements=p.placements)) for p in self.whole]
+
+
+class Plan(NamedTuple):
+    """A group's step: the counters to advance, each once, and the calls to make."""
+
+    steps: list[Tensor]
+    launches: list[Launch]
 
 
 def _alike(p: Tensor) -> bool:
@@ -54,6 +81,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     Attributes:
         max_grad_norm: clip gradients to this global norm, or None. See :meth:`step`.
         grad_norm: the norm that the last step clipped by, a 0-d tensor; None before.
+        nonfinite: int64, 0-d: elements whose moments were kept because a gradient was NaN, infinite or too large,
+            counted on the device since the optimizer was made; None before the first step.
         state_dict_format: what :meth:`state_dict` writes when it is not told: ``"slkernels"`` at first.
     """
 
@@ -61,16 +90,23 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     _moments: ClassVar[tuple[Moment, ...]] = ()
     # The keys of a parameter group that other libraries have too.
     _shared_options: ClassVar[tuple[str, ...]] = ("lr", "weight_decay")
-    _bitsandbytes: ClassVar[bool] = True
+    # What torch.optim's counterpart can do and this cannot: {option: the only value}.
+    _fixed_options: ClassVar[dict[str, Any]] = {"maximize": False}
+    _codecs: ClassVar[tuple[str, ...]] = ("dyn8", "lin8", "cmp8")  # the first is the default
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], max_grad_norm: float | None):
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"{type(self).__name__}: max_grad_norm is out of range: {max_grad_norm}")
-        self.max_grad_norm = max_grad_norm
+    def __init__(self, params: Iterable[Any], defaults: State, options: Options):
+        known = {"min_numel": 4096, "master_bits": 0, "stochastic_rounding": False, "seed": 0}
+        known = {"codec": self._codecs[0], "block_size": None, **known, "max_grad_norm": None}
+        if unknown := options.keys() - known.keys():
+            raise TypeError(f"{type(self).__name__} got unexpected arguments: {', '.join(sorted(unknown))}")
+        defaults = {**defaults, **known, **options}
+        self.max_grad_norm = defaults.pop("max_grad_norm")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"{type(self).__name__}: max_grad_norm is out of range: {self.max_grad_norm}")
         self.grad_norm: Tensor | None = None
+        self.nonfinite: Tensor | None = None
         self.state_dict_format = "slkernels"
         self._forget()
-        self._check(defaults)
         super().__init__(params, defaults)
 
     def _check(self, group: State) -> None:
@@ -79,9 +115,10 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(f"lr must be a number or a tensor with one element, got {list(lr.shape)}")
         block = group["block_size"]
-        self._require(group, lr=lr >= 0, weight_decay=group["weight_decay"] >= 0)
-        self._require(group, codec=group["codec"] in CODECS, min_numel=group["min_numel"] >= 0)
-        self._require(group, block_size=16 <= block <= 4096 and block % 16 == 0)
+        self._require(group, lr=lr >= 0, weight_decay=group["weight_decay"] >= 0, min_numel=group["min_numel"] >= 0)
+        self._require(group, codec=group["codec"] in self._codecs, master_bits=group["master_bits"] in (0, 8, 16))
+        self._require(group, seed=0 <= group["seed"] < 1 << 32)
+        self._require(group, block_size=block is None or (16 <= block <= 4096 and block % 16 == 0))
 
     def _require(self, group: State, **conditions: bool) -> None:
         for name, holds in conditions.items():
@@ -92,15 +129,24 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         return self._moments
 
     def _update(self, launch: Launch, group: State, lr: Tensor, scales: dict[str, Tensor | None]) -> None:
-        """One step of the launch's parameters; ``scales`` are ``grad_scale`` and ``found_inf``."""
+        """One step of the launch's parameters; ``scales``: grad_scale, found_inf and nonfinite."""
         raise NotImplementedError
 
+    def _call_options(self, launch: Launch, group: State) -> dict[str, Any]:
+        """The keyword arguments that the ops of all rules have in common."""
+        return {
+            "codec": group["codec"],
+            "block": group["block_size"],
+            "round_mode": int(launch.rng is not None),
+            "rng": launch.rng,
+        }
+
     def _forget(self) -> None:
-        self._plans: dict[int, tuple[tuple[int, ...], list[Launch]]] = {}
+        self._plans: dict[int, tuple[tuple[int, ...], Plan]] = {}
         self._lrs: dict[int, tuple[float, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("max_grad_norm", "grad_norm", "state_dict_format")
+        kept = ("max_grad_norm", "grad_norm", "nonfinite", "state_dict_format")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -147,8 +193,15 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             if not params:
                 continue
             lr = self._lr_tensor(index, group["lr"], params[0].device)
-            for launch in self._launches(index, group, params):
-                launch.step.add_(1 if found_inf is None else (found_inf.reshape(()) == 0))
+            if self.nonfinite is None or self.nonfinite.device != lr.device:
+                self.nonfinite = torch.zeros((), dtype=torch.int64, device=lr.device)
+            scales["nonfinite"] = self.nonfinite
+            plan = self._cached_plan(index, group, params)
+            for step in plan.steps:
+                step.add_(1 if found_inf is None else (found_inf.reshape(()) == 0))
+            for launch in plan.launches:
+                if launch.rng is not None:
+                    launch.rng[1].copy_(launch.step)
                 self._update(launch, group, lr, scales)
         return loss
 
@@ -176,14 +229,14 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             cached = self._lrs[index] = (lr, torch.tensor(lr, dtype=torch.float32, device=device))
         return cached[1]
 
-    def _launches(self, index: int, group: State, params: list[Tensor]) -> list[Launch]:
+    def _cached_plan(self, index: int, group: State, params: list[Tensor]) -> Plan:
         key = tuple(map(id, params))
         plan = self._plans.get(index)
         if plan is None or plan[0] != key:
             plan = self._plans[index] = (key, self._plan(group, params))
         return plan[1]
 
-    def _plan(self, group: State, params: list[Tensor]) -> list[Launch]:
+    def _plan(self, group: State, params: list[Tensor]) -> Plan:
         """Group by step counter. Parameters of a group share one counter tensor for as long as all of them are
         stepped together; those that go on without the others get a copy."""
         fresh: Tensor | None = None
@@ -196,26 +249,67 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 self.state[p].update(self._new_state(group, p), step=fresh)
         active = set(map(id, params))
         left_behind = {id(self.state[p]["step"]) for p in group["params"] if id(p) not in active and self.state.get(p)}
-        cohorts: dict[int, list[Tensor]] = {}
+        steps = {id(step): step for step in (self.state[p]["step"] for p in params)}
+        for counter in left_behind & steps.keys():
+            steps[counter] = steps[counter].clone()
+        cohorts: dict[tuple, list[Tensor]] = {}
         for p in params:
-            cohorts.setdefault(id(self.state[p]["step"]), []).append(p)
-        for counter, members in cohorts.items():
-            if counter in left_behind:
-                step = self.state[members[0]]["step"].clone()
-                for p in members:
-                    self.state[p]["step"] = step
-        moments = self._moments_of(group)
-        return [Launch(members, [self.state[p] for p in members], moments) for members in cohorts.values()]
+            counter = id(self.state[p]["step"])
+            self.state[p]["step"] = steps[counter]
+            cohorts.setdefault((counter, *self._cohort(group, p)), []).append(p)
+        launches = [self._launch(group, members, number) for number, members in enumerate(cohorts.values())]
+        return Plan(list(steps.values()), launches)
+
+    def _cohort(self, group: State, p: Tensor) -> tuple:
+        """Parameters of one call agree in this: they have master weights or have not. And random bits are a shard's
+        own, but the same for all ranks that hold the same parameter."""
+        rounds = group["stochastic_rounding"] and is_dtensor(p)
+        return (master_dtype(group, p), p.placements if rounds else None)
+
+    def _launch(self, group: State, params: list[Tensor], number: int) -> Launch:
+        seed = None
+        if group["stochastic_rounding"]:
+            seed = group["seed"] + (number << 48) + (shard_index(params[0]) << 32)
+        return Launch(params, [self.state[p] for p in params], self._moments_of(group), seed)
 
     def _new_state(self, group: State, p: Tensor) -> State:
-        return {k: v for moment in self._moments_of(group) for k, v in new_moment(group, p, moment).items()}
+        moments = [new_moment(group, p, moment) for moment in self._moments_of(group)]
+        return {k: v for part in (*moments, new_master(group, p)) for k, v in part.items()}
+
+    # ---- what other libraries call things -----------------------------------------------------------------------
+
+    def _group_to_torch(self, group: State) -> State:
+        if not all(moment.torch_key for moment in self._moments_of(group)):
+            raise ValueError(f"{type(self).__name__} has no counterpart in torch.optim")
+        return {**{k: group[k] for k in self._shared_options}, **self._fixed_options}
+
+    def _group_to_bitsandbytes(self, group: State) -> State:
+        return {k: group[k] for k in self._shared_options}
+
+    def _group_from_others(self, saved: State) -> State:
+        """Our options of a group of torch.optim or bitsandbytes."""
+        return {k: saved[k] for k in self._shared_options if k in saved}
+
+    def _is_torch_state(self, group: State, source: State) -> bool:
+        return any(moment.torch_key in source for moment in self._moments_of(group))
+
+    def _state_to_torch(self, group: State, state: State) -> State:
+        return state
+
+    def _state_from_torch(self, group: State, state: State) -> State:
+        """Under our keys, as moments that travel as float32."""
+        keys = {moment.torch_key: moment.key + "_float" for moment in self._moments_of(group)}
+        return {keys.get(key, key): value for key, value in state.items()}
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in ``torch.optim.Optimizer``."""
+        group = {**self.defaults, **param_group}
+        self._check(group)
+        if group["block_size"] is None:
+            param_group = {**param_group, "block_size": BLOCKS[group["codec"]]}
         super().add_param_group(param_group)
-        self._check(self.param_groups[-1])
         self._plans.clear()
 
     def state_dict(self, format: str | None = None) -> dict[str, Any]:

@@ -20,43 +20,27 @@ from torch import Tensor
 
 from ._dtensor import is_dtensor, like, local
 from .ops import dequantize_block, quantize_block
+from .ops._checks import FOUR_BITS, STATE_CODECS
 
 State = dict[str, Any]
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Codec:
-    """``second``: the codec of unsigned moments. ``zeros``: a byte of codes of zero. ``block``: the default size."""
-
-    second: str
-    block: int
-    zeros: int = 0
-    bits: int = 8
-
-
-CODECS = {
-    "dyn8": Codec("dyn8u", 256, zeros=127),
-    "lin8": Codec("lin8u", 256),
-    "cmp8": Codec("cmp8u", 32),
-    "dyn4": Codec("lin4u", 128, zeros=0x77, bits=4),
-    "fp8": Codec("fp8u", 256),
-}
+# The usual block of a codec.
+BLOCKS = {"dyn8": 256, "lin8": 256, "cmp8": 32, "dyn4": 128, "fp8": 256}
 
 
 @dataclass(frozen=True)
 class Moment:
-    """One of an optimizer's moments: its key in the state, its sign, and what others call it."""
+    """One of an optimizer's moments: its key in the state, its key in torch.optim's (or "" if torch has none), and
+    whether it has a sign."""
 
     key: str
-    torch_key: str
+    torch_key: str = ""
     signed: bool = True
 
     def codec(self, group: State) -> str:
-        return group["codec"] if self.signed else CODECS[group["codec"]].second
-
-    def zero_byte(self, group: State) -> int:
-        return CODECS[group["codec"]].zeros if self.signed else 0
+        return group["codec"] if self.signed else STATE_CODECS[group["codec"]]
 
 
 # ---- shapes ---------------------------------------------------------------------------------------------------------
@@ -69,7 +53,7 @@ def is_quantized(group: State, p: Tensor) -> bool:
 
 def code_shape(codec: str, shape: Shape) -> Shape:
     """Two 4-bit codes are packed in a byte, along the last dimension where it is even."""
-    if CODECS[codec].bits == 8:
+    if codec not in FOUR_BITS:
         return tuple(shape)
     if shape and shape[-1] % 2 == 0:
         return (*shape[:-1], shape[-1] // 2)
@@ -115,7 +99,7 @@ def new_moment(group: State, p: Tensor, moment: Moment) -> State:
         zeros = torch.zeros(mine.shape, dtype=torch.float32, device=mine.device)
         return {moment.key: like(p, zeros, p.shape), moment.key + "_scale": zeros.new_empty(0)}
     codec, block = group["codec"], group["block_size"]
-    codes = torch.full(code_shape(codec, mine.shape), moment.zero_byte(group), dtype=torch.uint8, device=mine.device)
+    codes = torch.zeros(code_shape(codec, mine.shape), dtype=torch.uint8, device=mine.device)
     scale = torch.zeros(scale_shape(mine.shape, block), dtype=torch.float32, device=mine.device)
     return {
         moment.key: wrap(p, codes, code_shape(codec, p.shape), block),
@@ -136,6 +120,25 @@ def check_tensor(key: str, p: Tensor, got: Any, dtype: torch.dtype, shape: Shape
     return got.detach().to(p.device, copy=True)
 
 
+# ---- master weights -------------------------------------------------------------------------------------------------
+
+_REMAINDERS = {8: torch.int8, 16: torch.int16}
+
+
+def master_dtype(group: State, p: Tensor) -> torch.dtype | None:
+    """Of the low bits of p's master weight, or None if it has none."""
+    return _REMAINDERS.get(group["master_bits"]) if p.dtype == torch.bfloat16 else None
+
+
+def new_master(group: State, p: Tensor) -> State:
+    """The low bits of p as it stands: zeros."""
+    dtype = master_dtype(group, p)
+    if dtype is None:
+        return {}
+    mine = local(p)
+    return {"master_lo": like(p, torch.zeros(mine.shape, dtype=dtype, device=mine.device), p.shape)}
+
+
 # ---- between codes and numbers --------------------------------------------------------------------------------------
 
 
@@ -145,14 +148,17 @@ def decode(group: State, p: Tensor, moment: Moment, state: State) -> Tensor:
     if value.dtype == torch.uint8:
         scale = local(state[moment.key + "_scale"]).reshape(-1)
         shape = local(p).shape
-        value = dequantize_block(local(value), scale, moment.codec(group), group["block_size"]).view(shape)
-        return like(p, value, p.shape)
+        codec, block = moment.codec(group), group["block_size"]
+        numbers = dequantize_block(local(value), scale, codec, block, numel=shape.numel())
+        return like(p, numbers.view(shape), p.shape)
     return value
 
 
 def encode(group: State, p: Tensor, moment: Moment, value: Tensor) -> State:
-    """The state of a moment from its float32 value; rounded to nearest if p is quantized."""
-    value = check_tensor(moment.key, p, value, torch.float32, p.shape)
+    """The state of a moment from its values of any floating dtype; rounded to nearest if p is quantized."""
+    if not value.is_floating_point():
+        raise ValueError(f"{moment.key} of a parameter {list(p.shape)} must be floating, got {value.dtype}")
+    value = check_tensor(moment.key, p, value.float(), torch.float32, p.shape)
     state = new_moment(group, p, moment)
     if not is_quantized(group, p):
         return {**state, moment.key: value}

@@ -78,13 +78,11 @@ class QGaLoreAdamW8bit(GaLoreAdamW):
     # ---- the subspace ------------------------------------------------------------------------------------------------
 
     def _subspace_state(self, group: State, p: Tensor) -> State:
-        ((side, shape),) = self._factor_shapes(group, p).items()
+        (shape,) = self._factor_shapes(group, p).values()
         factor = torch.zeros(shape, dtype=p.dtype, device=p.device)
         state = dict(zip(_KEYS, quantize_group(factor, _BITS, _GROUP), strict=True))
-        state |= {
-            "leading": _leading(side, factor).float(),
-            "similarity": torch.full((group["queue_size"],), -torch.inf),
-        }
+        state["leading"] = torch.zeros(max(shape), dtype=torch.float32, device=p.device)
+        state["similarity"] = torch.full((group["queue_size"],), -torch.inf)
         state["gap"] = torch.tensor(group["update_proj_gap"])
         if int8_layer_of(p) is not None:
             index = next(i for i, q in enumerate(chain(*(g["params"] for g in self.param_groups))) if q is p)
