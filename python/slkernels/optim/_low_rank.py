@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..project import apollo_scale_update_
 from ._dtensor import is_dtensor
-from ._quantized import Launch, QuantizedOptimizer
-from ._state import CODECS, Moment, State, new_moment
-from .ops import adam_q_, adam_q_dir_
+from ._quantized import Launch, Options, QuantizedOptimizer
+from ._state import State, new_moment
+from .adam import _Adam
+from .ops import adam_q_dir_
 
 _NEVER = 2**62  # min_numel with which no moment is quantized
 _CALLS, _DUE = "calls", "due"
@@ -55,7 +56,7 @@ def low_rank_groups(
     return [group for group in groups if group["params"]]
 
 
-class LowRankOptimizer(QuantizedOptimizer):
+class LowRankOptimizer(_Adam):
     """What they share: which tensors take part, plain AdamW for the others, the schedule of subspaces, checkpoints.
 
     A matrix of a group with a ``rank`` takes part; tensors of other dimensions, and groups whose rank is None, are
@@ -65,23 +66,24 @@ class LowRankOptimizer(QuantizedOptimizer):
     ``due`` (int64 on the CPU: the steps made, and the step that draws the next subspace); and what a subclass adds.
     """
 
-    _moments: ClassVar = (Moment("m", "exp_avg"), Moment("v", "exp_avg_sq", signed=False))
-    _bitsandbytes: ClassVar[bool] = False
+    _codecs: ClassVar = ("dyn8", "lin8", "cmp8", "dyn4", "fp8")
 
-    def __init__(
-        self, params: Iterable[Any], defaults: State, codec: str | None, min_numel: int, max_grad_norm: float | None
-    ):
-        min_numel, codec = (_NEVER, "dyn8") if codec is None else (min_numel, codec)
-        if codec not in CODECS:
-            raise ValueError(f"{type(self).__name__}: codec is out of range: {codec}")
-        quantized = {"codec": codec, "block_size": CODECS[codec].block, "min_numel": min_numel}
-        super().__init__(params, {**defaults, **quantized}, max_grad_norm)
+    # Further options of a group with their defaults, and other defaults for those that all optimizers have.
+    _own_options: ClassVar[dict[str, Any]] = {}
+    _option_defaults: ClassVar[dict[str, Any]] = {"codec": None}
+
+    def __init__(self, params: Iterable[Any], defaults: State, options: Options):
+        options = {**self._option_defaults, **options}
+        defaults = {**defaults, **{name: options.pop(name, value) for name, value in self._own_options.items()}}
+        if options["codec"] is None:
+            options |= {"codec": "dyn8", "min_numel": _NEVER}
+        QuantizedOptimizer.__init__(self, params, defaults, options)
 
     def _check(self, group: State) -> None:
         super()._check(group)
-        betas, rank = group["betas"], group["rank"]
-        self._require(group, betas=len(betas) == 2 and all(0 <= b < 1 for b in betas), eps=group["eps"] >= 0)
+        rank = group["rank"]
         self._require(group, rank=rank is None or rank >= 1, update_proj_gap=group["update_proj_gap"] >= 1)
+        self._require(group, master_bits=group["master_bits"] == 0)
 
     # ---- what a subclass defines -------------------------------------------------------------------------------------
 
@@ -101,8 +103,9 @@ class LowRankOptimizer(QuantizedOptimizer):
         """The gradient in the subspace."""
         raise NotImplementedError
 
-    def _apply(self, group: State, p: Tensor, state: State, R: Tensor, N: Tensor, lr: Tensor, extra: State) -> None:
-        """Update p; R, N: the projected gradient and Adam's direction there."""
+    def _apply(self, group: State, p: Tensor, state: State, R: Tensor, N: Tensor, lr: Tensor, call: State) -> None:
+        """Update p; R, N: the projected gradient and Adam's direction there. call: found_inf, round_mode, rng and
+        :meth:`_step_scalars`."""
         raise NotImplementedError
 
     # ---- the step ----------------------------------------------------------------------------------------------------
@@ -116,34 +119,28 @@ class LowRankOptimizer(QuantizedOptimizer):
         if is_dtensor(p):
             raise RuntimeError(f"{type(self).__name__} needs whole matrices; give DTensors to a group with rank None")
         small = torch.empty((), device=p.device).expand(self._low_rank_shape(group, p))
-        state = {k: v for moment in self._moments for k, v in new_moment(group, small, moment).items()}
+        state = {k: v for moment in self._moments_of(group) for k, v in new_moment(group, small, moment).items()}
         state |= {_CALLS: torch.zeros((), dtype=torch.int64), _DUE: torch.zeros((), dtype=torch.int64)}
         return {**state, **self._subspace_state(group, p)}
 
+    def _cohort(self, group: State, p: Tensor) -> tuple:
+        return (*super()._cohort(group, p), self._takes_part(group, p))
+
     def _update(self, launch: Launch, group: State, lr: Tensor, scales: dict[str, Tensor | None]) -> None:
-        beta1, beta2 = group["betas"]
-        shared = {"beta1": beta1, "beta2": beta2, "eps": group["eps"]}
-        shared |= {"codec": group["codec"], "block": group["block_size"], **scales}
-        inside = [self._takes_part(group, p) for p in launch.whole]
-
-        def pick(items: list, which: bool) -> list:
-            return [item for item, taking_part in zip(items, inside, strict=True) if taking_part == which]
-
-        if not all(inside):
-            lists = [pick(items, False) for items in (launch.params, launch.grads, *launch.lists)]
-            adam_q_(*lists, [], launch.step, lr, weight_decay=group["weight_decay"], **shared)
-        if not any(inside):
+        if not self._takes_part(group, launch.whole[0]):
+            super()._update(launch, group, lr, scales)
             return
-        params = pick(launch.params, True)
-        states = [self.state[p] for p in params]
+        params, states = launch.params, [self.state[p] for p in launch.whole]
         for p, state in zip(params, states, strict=True):
             self._renew_if_due(group, p, state, scales["found_inf"])
         R = [self._project(group, p, state) for p, state in zip(params, states, strict=True)]
         N = [torch.empty_like(r) for r in R]
-        adam_q_dir_(R, *(pick(items, True) for items in launch.lists), N, launch.step, **shared)
-        extra = self._step_scalars(group, launch.step) | {"found_inf": scales["found_inf"]}
-        for p, state, r, n in zip(params, states, R, N, strict=True):
-            self._apply(group, p, state, r, n, lr, extra)
+        beta1, beta2 = group["betas"]
+        options = {"codec": group["codec"], "block": group["block_size"], **scales}
+        adam_q_dir_(R, *launch.lists, N, launch.step, beta1=beta1, beta2=beta2, eps=group["eps"], **options)
+        scalars = {"found_inf": scales["found_inf"], **self._step_scalars(group, launch.step)}
+        for index, (p, state, r, n) in enumerate(zip(params, states, R, N, strict=True)):
+            self._apply(group, p, state, r, n, lr, {**scalars, **_rounding(launch, index)})
 
     def _step_scalars(self, group: State, step: Tensor) -> State:
         """0-d tensors that all updates of a step share."""
@@ -222,6 +219,14 @@ class LowRankOptimizer(QuantizedOptimizer):
         return state
 
 
+def _rounding(launch: Launch, index: int) -> State:
+    """How a matrix is rounded: every one of a launch with random bits of its own."""
+    if launch.rng is None:
+        return {"round_mode": 0, "rng": None}
+    seed, step = launch.rng
+    return {"round_mode": 1, "rng": torch.stack((seed + (index << 16), step))}
+
+
 def limited_update(
     group: State,
     p: Tensor,
@@ -229,13 +234,13 @@ def limited_update(
     R: Tensor,
     N: Tensor,
     lr: Tensor,
-    extra: State,
+    call: State,
     side: str,
     **options: Any,
 ) -> None:
     """:func:`slkernels.apollo_scale_update_` with the limiter on norms without Adam's bias correction, as in the public
     code: N has the correction, so the last norm is brought to its units and the new one back."""
-    correction, found_inf = extra["correction"], extra["found_inf"]
+    correction, found_inf = call["correction"], call["found_inf"]
     norm = state["norm"] * correction
     apollo_scale_update_(
         p,
@@ -248,6 +253,8 @@ def limited_update(
         limiter=group["limiter"],
         weight_decay=group["weight_decay"],
         found_inf=found_inf,
+        round_mode=call["round_mode"],
+        rng=call["rng"],
         **options,
     )
     norm = norm / correction

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,11 @@ from torch import Tensor
 from ..project import rand_project
 from ._low_rank import LowRankOptimizer, bias_correction, limited_update
 from ._state import State
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._quantized import Options
 
 
 class APOLLOAdamW(LowRankOptimizer):
@@ -37,10 +42,9 @@ class APOLLOAdamW(LowRankOptimizer):
             either way: this only decides which norm the state holds.
         limiter: the largest growth of U's norm from step to step, 1.01 in the paper; 0: none.
         proj_type: "std" projects the shorter side; "left" or "right".
-        codec: None: float32 moments; "dyn8", ...: see :class:`AdamW8bit`.
-        seed: of the first P; the following ones count up. The same on all ranks.
-        min_numel: smaller moments are float32 with every codec.
-        max_grad_norm: clip by global norm; see :meth:`step`. It acts on the plain tensors; s G does not depend on it.
+        options: :class:`Options`; codec None (default): float32 moments; "dyn8", "dyn4", "cmp8", "lin8", "fp8". seed:
+            of the first P too, the following ones count up; the same on all ranks. max_grad_norm acts on the plain
+            tensors; s G does not depend on the size of G. There are no master_bits.
 
     State of a matrix, besides :class:`LowRankOptimizer`'s: ``seed`` (int64, 0-d), ``norm`` (float32, 0-d).
 
@@ -64,10 +68,7 @@ class APOLLOAdamW(LowRankOptimizer):
         scale_front: bool = False,
         limiter: float = 1.01,
         proj_type: str = "std",
-        codec: str | None = None,
-        min_numel: int = 4096,
-        seed: int = 0,
-        max_grad_norm: float | None = None,
+        **options: Unpack[Options],
     ):
         defaults = {
             "lr": lr,
@@ -81,9 +82,8 @@ class APOLLOAdamW(LowRankOptimizer):
             "scale_front": scale_front,
             "limiter": limiter,
             "proj_type": proj_type,
-            "seed": seed,
         }
-        super().__init__(params, defaults, codec, min_numel, max_grad_norm)
+        super().__init__(params, defaults, options)
 
     def _check(self, group: State) -> None:
         super()._check(group)
@@ -113,12 +113,12 @@ class APOLLOAdamW(LowRankOptimizer):
     def _step_scalars(self, group: State, step: Tensor) -> State:
         return {"correction": bias_correction(step, group["betas"])}
 
-    def _apply(self, group: State, p: Tensor, state: State, R: Tensor, N: Tensor, lr: Tensor, extra: State) -> None:
+    def _apply(self, group: State, p: Tensor, state: State, R: Tensor, N: Tensor, lr: Tensor, call: State) -> None:
         factor = math.sqrt(group["scale"])
         if group["scale_front"]:
             N, factor = N * factor, 1.0
         side, kind = self._side(group, p), group["scale_type"]
-        limited_update(group, p, state, R, N, lr, extra, side, kind=kind, alpha=factor)
+        limited_update(group, p, state, R, N, lr, call, side, kind=kind, alpha=factor)
 
 
 def APOLLOMiniAdamW(params: Iterable[Any], lr: float | Tensor = 1e-2, **options: Any) -> APOLLOAdamW:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,10 +38,7 @@ class Fira(GaLoreAdamW):
 
     _proj_types: ClassVar = ("std", "reverse_std", "right", "left")
 
-    def __init__(
-        self, params: Iterable[Any], lr: float | Tensor = 1e-2, *args: Any, limiter: float = 1.01, **options: Any
-    ):
-        super().__init__(params, lr, *args, limiter=limiter, **options)
+    _own_options: ClassVar = {"limiter": 1.01}
 
     def _check(self, group: State) -> None:
         super()._check(group)
@@ -55,7 +51,7 @@ class Fira(GaLoreAdamW):
     def _step_scalars(self, group: State, step: Tensor) -> State:
         return {"correction": bias_correction(step, group["betas"])}
 
-    def _apply(self, group: State, p: Tensor, state: State, R: Tensor, N: Tensor, lr: Tensor, extra: State) -> None:
+    def _apply(self, group: State, p: Tensor, state: State, R: Tensor, N: Tensor, lr: Tensor, call: State) -> None:
         factors = self._factors(group, p, state)
         (side,) = factors
-        limited_update(group, p, state, R, N, lr, extra, side, alpha=group["scale"], **factors)
+        limited_update(group, p, state, R, N, lr, call, side, alpha=group["scale"], **factors)

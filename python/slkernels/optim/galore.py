@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,11 @@ from torch import Tensor
 from ..project import project, project_back_add_, randomized_range
 from ._low_rank import LowRankOptimizer
 from ._state import State
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._quantized import Options
 
 PROJECTIONS = ("std", "reverse_std", "right", "left", "full")
 SUBSPACES = ("randomized", "svd")
@@ -48,12 +53,11 @@ class GaLoreAdamW(LowRankOptimizer):
         scale: GaLore's alpha, a factor of the update.
         proj_type: "std" projects the shorter side away (rows of G onto ``right`` [rank, m] where n >= m, else columns
             onto ``left`` [n, rank]), "reverse_std" the other one; "right", "left"; "full": both.
-        codec: None: float32 moments; "dyn8" (8-bit GaLore), "dyn4", ...: see :class:`AdamW8bit`, :class:`AdamW4bit`.
         subspace: "randomized" (:func:`slkernels.randomized_range`, GaLore 2, arXiv 2504.20437) or "svd"
             (``torch.linalg.svd`` in float32).
-        seed: of the randomized range finder. Ranks with the same gradients and seed have the same subspaces.
-        min_numel: smaller moments are float32 with every codec.
-        max_grad_norm: clip by global norm; see :meth:`step`.
+        options: :class:`Options`; codec None (default): float32 moments; "dyn8" (8-bit GaLore), "dyn4", "cmp8", "lin8",
+            "fp8". seed: of the range finder too; ranks with the same gradients and seed have the same subspaces. There
+            are no master_bits.
 
     State of a matrix, besides :class:`LowRankOptimizer`'s: ``left``, ``right``, in the parameter's dtype.
 
@@ -76,12 +80,8 @@ class GaLoreAdamW(LowRankOptimizer):
         update_proj_gap: int = 200,
         scale: float = 0.25,
         proj_type: str = "std",
-        codec: str | None = None,
-        min_numel: int = 4096,
         subspace: str = "randomized",
-        seed: int = 0,
-        max_grad_norm: float | None = None,
-        **options: Any,
+        **options: Unpack[Options],
     ):
         defaults = {
             "lr": lr,
@@ -93,10 +93,8 @@ class GaLoreAdamW(LowRankOptimizer):
             "scale": scale,
             "proj_type": proj_type,
             "subspace": subspace,
-            "seed": seed,
-            **options,
         }
-        super().__init__(params, defaults, codec, min_numel, max_grad_norm)
+        super().__init__(params, defaults, options)
 
     def _check(self, group: State) -> None:
         super()._check(group)
@@ -141,7 +139,7 @@ class GaLoreAdamW(LowRankOptimizer):
     def _project(self, group: State, p: Tensor, state: State) -> Tensor:
         return project(p.grad, **self._factors(group, p, state))
 
-    def _apply(self, group: State, p: Tensor, state: State, R: Tensor, N: Tensor, lr: Tensor, extra: State) -> None:
+    def _apply(self, group: State, p: Tensor, state: State, R: Tensor, N: Tensor, lr: Tensor, call: State) -> None:
         project_back_add_(
             p,
             N,
@@ -149,5 +147,7 @@ class GaLoreAdamW(LowRankOptimizer):
             **self._factors(group, p, state),
             alpha=group["scale"],
             weight_decay=group["weight_decay"],
-            found_inf=extra["found_inf"],
+            found_inf=call["found_inf"],
+            round_mode=call["round_mode"],
+            rng=call["rng"],
         )

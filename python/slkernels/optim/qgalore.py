@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import chain
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +15,6 @@ from .galore import GaLoreAdamW
 
 _BITS, _GROUP = 4, 256  # of the projection
 _KEYS = ("codes", "scale", "zero")
-_INT64 = 2**63 - 1
 
 
 class QGaLoreAdamW8bit(GaLoreAdamW):
@@ -36,14 +33,14 @@ class QGaLoreAdamW8bit(GaLoreAdamW):
     Args:
         update_proj_gap: the first interval of every matrix.
         cos_threshold, gamma_proj, queue_size: 0.4, 2 and 5 in the paper.
-        stochastic_round: of 8-bit weights; without it they are rounded to nearest, and small steps are lost.
         proj_type: all of GaLoreAdamW's but "full".
-        seed: of the range finder and of the rounding. The same on all ranks.
+        options: as in :class:`GaLoreAdamW`, but codec "dyn8" by default, and stochastic_rounding True, of 8-bit weights
+            and of 16-bit tensors: rounded to nearest, 8-bit weights lose small steps.
         others: as in :class:`GaLoreAdamW`.
 
     State of a matrix, besides :class:`LowRankOptimizer`'s: ``codes``, ``scale``, ``zero`` of the projection
     (:func:`slkernels.quantize_group`, 4 bits, groups of 256), ``leading`` (its first vector), ``similarity`` (float32
-    [queue_size]) and ``gap`` (int64) on the CPU, and for 8-bit weights ``rng`` (int64 [2]: seed and step).
+    [queue_size]) and ``gap`` (int64) on the CPU.
 
     Raises:
         as :class:`GaLoreAdamW`. ValueError: an Int8Linear in a group with rank None.
@@ -51,20 +48,8 @@ class QGaLoreAdamW8bit(GaLoreAdamW):
 
     _proj_types: ClassVar = ("std", "reverse_std", "right", "left")
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor = 1e-2,
-        *args: Any,
-        codec: str = "dyn8",
-        cos_threshold: float = 0.4,
-        gamma_proj: int = 2,
-        queue_size: int = 5,
-        stochastic_round: bool = True,
-        **options: Any,
-    ):
-        options |= {"cos_threshold": cos_threshold, "gamma_proj": gamma_proj, "queue_size": queue_size}
-        super().__init__(params, lr, *args, codec=codec, stochastic_round=stochastic_round, **options)
+    _own_options: ClassVar = {"cos_threshold": 0.4, "gamma_proj": 2, "queue_size": 5}
+    _option_defaults: ClassVar = {"codec": "dyn8", "stochastic_rounding": True}
 
     def _check(self, group: State) -> None:
         super()._check(group)
@@ -84,12 +69,6 @@ class QGaLoreAdamW8bit(GaLoreAdamW):
         state["leading"] = torch.zeros(max(shape), dtype=torch.float32, device=p.device)
         state["similarity"] = torch.full((group["queue_size"],), -torch.inf)
         state["gap"] = torch.tensor(group["update_proj_gap"])
-        if int8_layer_of(p) is not None:
-            index = next(i for i, q in enumerate(chain(*(g["params"] for g in self.param_groups))) if q is p)
-            seed = (
-                group["seed"] * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9 + p.shape[0] * 31 + p.shape[1]
-            ) & _INT64
-            state["rng"] = torch.tensor([seed, 0], device=p.device)
         return state
 
     def _renew(self, group: State, p: Tensor, state: State) -> None:
@@ -118,10 +97,10 @@ class QGaLoreAdamW8bit(GaLoreAdamW):
 
     # ---- the step ----------------------------------------------------------------------------------------------------
 
-    def _apply(self, group: State, p: Tensor, state: State, R: Tensor, N: Tensor, lr: Tensor, extra: State) -> None:
+    def _apply(self, group: State, p: Tensor, state: State, R: Tensor, N: Tensor, lr: Tensor, call: State) -> None:
         layer = int8_layer_of(p)
         if layer is None:
-            super()._apply(group, p, state, R, N, lr, extra)
+            super()._apply(group, p, state, R, N, lr, call)
             return
         project_back_add_q_(
             layer.codes,
@@ -133,11 +112,10 @@ class QGaLoreAdamW8bit(GaLoreAdamW):
             group=layer.group,
             alpha=group["scale"],
             weight_decay=group["weight_decay"],
-            found_inf=extra["found_inf"],
-            round_mode=int(group["stochastic_round"]),
-            rng=state["rng"],
+            found_inf=call["found_inf"],
+            round_mode=call["round_mode"],
+            rng=call["rng"],
         )
-        state["rng"][1:].add_(1)
 
 
 def _leading(side: str, factor: Tensor) -> Tensor:
