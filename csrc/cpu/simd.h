@@ -436,4 +436,45 @@ SLK_INLINE void store_bytes(uint8_t* p, VI v) {
 #endif
 }
 
+// a rounded to an integer: to nearest even, and down.
+SLK_INLINE V round_even(V a) {
+#if defined(__AVX512F__)
+  return (V)_mm512_roundscale_ps((__m512)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return (V)_mm256_round_ps((__m256)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  V r;
+  for (int i = 0; i < kLanes; ++i) r[i] = __builtin_nearbyintf(a[i]);
+  return r;
+#endif
+}
+SLK_INLINE V floor(V a) {
+#if defined(__AVX512F__)
+  return (V)_mm512_roundscale_ps((__m512)a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return (V)_mm256_floor_ps((__m256)a);
+#else
+  V r;
+  for (int i = 0; i < kLanes; ++i) r[i] = __builtin_floorf(a[i]);
+  return r;
+#endif
+}
+
+// The high words of the 64-bit products a[i] b.
+SLK_INLINE VU multiply_high(VU a, uint32_t b) {
+#if defined(__AVX512F__)
+  const __m512i x = (__m512i)a, y = _mm512_set1_epi32(int32_t(b));
+  const __m512i even = _mm512_srli_epi64(_mm512_mul_epu32(x, y), 32);
+  return (VU)_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_mul_epu32(_mm512_srli_epi64(x, 32), y));
+#elif defined(__AVX2__)
+  const __m256i x = (__m256i)a, y = _mm256_set1_epi32(int32_t(b));
+  const __m256i even = _mm256_srli_epi64(_mm256_mul_epu32(x, y), 32);
+  return (VU)_mm256_blend_epi32(even, _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y), 0xaa);
+#else
+  VU r;
+  for (int i = 0; i < kLanes; ++i) r[i] = uint32_t(uint64_t(a[i]) * b >> 32);
+  return r;
+#endif
+}
+
 }  // namespace slk::cpu::SLK_ISA

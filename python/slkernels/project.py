@@ -16,7 +16,7 @@ _ops = torch.ops.slkernels
 
 SIDES = ("auto", "left", "right")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# int64 [2]: seed and offset of the stochastic rounding's random numbers.
+# rng: int64 [2] = (seed, step), as in adam_q_.
 _ROUNDING = "int round_mode=0, Tensor? rng=None"
 
 
@@ -143,7 +143,7 @@ def project_back(N: Tensor, left: Tensor | None = None, right: Tensor | None = N
 
 def check_rounding(op: str, round_mode: int, rng: Tensor | None) -> None:
     check(round_mode in (0, 1), op, lambda: f"round_mode must be 0 (nearest even) or 1 (stochastic), got {round_mode}")
-    check(round_mode == 0 or rng is not None, op, lambda: "round_mode 1 needs rng")
+    check(round_mode == 0 or rng is not None, op, lambda: "round_mode 1 needs rng, int64 [2] = (seed, step)")
 
 
 def _project_back_add_fake(
@@ -194,7 +194,7 @@ def project_back_add_(
         alpha: GaLore's scale. weight_decay: decoupled.
         found_inf: float32, one element: where it is not 0, no bit of W changes.
         round_mode: 0 rounds a 16-bit W to nearest even; 1 stochastically, so that updates far below W's last bit count
-            on average. rng: int64 [2], (seed, offset), on W's device, not modified: change the offset between steps.
+            on average. rng: int64 [2], (seed, step), on W's device, not modified: count the step up.
             The random bits of an element depend on rng and its position only.
 
     Raises:
@@ -270,7 +270,7 @@ def randomized_range(
     Raises:
         RuntimeError: shapes, dtypes or options that do not fit.
     """
-    return _ops.randomized_range(G, rank, _seed_tensor(seed, G.device), oversample, iters, side)
+    return _ops.randomized_range(G.detach(), rank, _seed_tensor(seed, G.device), oversample, iters, side)
 
 
 # ---- rand_project ---------------------------------------------------------------------------------------------------

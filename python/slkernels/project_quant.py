@@ -1,6 +1,6 @@
 """Family ``project``, quantized weights: asymmetric groups of 8 or 4 bits, updates through them, and a linear layer.
 
-A matrix [n, m] is ``codes`` (uint8: [n, m] for 8 bits; [n, ceil(m / 2)] for 4, the even column in the low nibble),
+A matrix [n, m] is ``codes`` (uint8: [n, m] for 8 bits; [n, ceil(m / 2)] for 4, the even column in the high half),
 ``scale`` (float32) and ``zero`` (uint8), both [n, ceil(m / group)]: w = (code - zero) * scale. Groups are runs of a
 row; a row's last one may be shorter. Q-GaLore: arXiv 2407.08296.
 """
@@ -22,7 +22,11 @@ def _groups(columns: int, group: int) -> int:
 
 def _check_group(op: str, bits: int, group: int) -> None:
     check(bits in (4, 8), op, lambda: f"bits must be 4 or 8, got {bits}")
-    check(group >= 16 and group % 16 == 0, op, lambda: f"group must be a multiple of 16, got {group}")
+    check(
+        16 <= group <= 4096 and group % 16 == 0,
+        op,
+        lambda: f"group must be a multiple of 16 from 16 to 4096, got {group}",
+    )
 
 
 def _check_quantized(op: str, codes: Tensor, scale: Tensor, zero: Tensor, columns: int, bits: int, group: int) -> None:
@@ -83,9 +87,9 @@ def quantize_group(
 
     Args:
         w: [..., m], float32, bfloat16 or float16.
-        bits: 8, or 4 (two codes a byte). group: elements of a row that share a scale, a multiple of 16.
+        bits: 8, or 4 (two codes a byte). group: elements of a row that share a scale, a multiple of 16 up to 4096.
         round_mode: 0 rounds to nearest even; 1 stochastically: up with the probability of the fraction, so that the
-            mean is w. rng: int64 [2], (seed, offset), on w's device.
+            mean is w. rng: int64 [2], (seed, step), on w's device.
 
     Returns:
         codes: uint8 [..., m], or [..., ceil(m / 2)] for 4 bits. scale: float32 [..., ceil(m / group)]. zero: uint8, the
@@ -178,7 +182,7 @@ def project_back_add_q_(
         codes, scale, zero: of :func:`quantize_group` with 8 bits, codes [n, m], contiguous, changed in place.
         N, lr, left, right, alpha, weight_decay, found_inf: as in :func:`slkernels.project_back_add_`; N float32,
             bfloat16 or float16.
-        round_mode: 1 (stochastic; the default here, where the op's is 0) or 0. rng: int64 [2], (seed, offset).
+        round_mode: 1 (stochastic; the default here, where the op's is 0) or 0. rng: int64 [2], (seed, step).
 
     Raises:
         RuntimeError: shapes, dtypes or options that do not fit.

@@ -7,6 +7,8 @@
 #include "slkernels/lowrank.h"
 #include "slkernels/optim.h"
 #include "slkernels/optim_norm.h"
+#include "slkernels/project.h"
+#include "slkernels/project_quant.h"
 #include "slkernels/sparse.h"
 
 namespace slk::cpu {
@@ -114,5 +116,7 @@ SLK_TABLE(LowRankKernels, lowrank_table, lowrank_kernels)
 SLK_TABLE(SparseKernels, sparse_table, sparse_kernels)
 SLK_TABLE(OptimKernels, optim_table, optim_kernels)
 SLK_TABLE(NormKernels, norm_table, norm_kernels)
+SLK_TABLE(ProjectKernels, project_table, project_kernels)
+SLK_TABLE(QuantKernels, quant_table, quant_kernels)
 
 }  // namespace slk::cpu

@@ -7,27 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from .philox import philox
+
 # ---- random numbers -------------------------------------------------------------------------------------------------
-
-
-def philox(counter: tuple[Tensor | int, ...], seed: int) -> tuple[Tensor, ...]:
-    """Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011) of the
-    counter's four words; key: the low and high word of the seed. Words are int64 tensors in [0, 2^32)."""
-    mask = 0xFFFFFFFF
-    c = [torch.as_tensor(word, dtype=torch.int64) for word in counter]
-    k0, k1 = seed & mask, seed >> 32 & mask
-
-    def product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:  # high and low word of a 64-bit product, in 16-bit parts
-        low, high = a * (b & 0xFFFF), a * (b >> 16)
-        middle = (low >> 16) + (high & 0xFFFF)
-        return (high >> 16) + (middle >> 16), (low & 0xFFFF) | (middle & 0xFFFF) << 16
-
-    for _ in range(10):
-        high0, low0 = product(c[0], 0xD2511F53)
-        high1, low1 = product(c[2], 0xCD9E8D57)
-        c = [high1 ^ c[1] ^ k0, low1, high0 ^ c[3] ^ k1, low0]
-        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    return tuple(torch.broadcast_tensors(*c))
 
 
 _NORMALS = 0x6E6F726D  # the fourth word of the counters that normals are made of ("norm")
@@ -40,10 +22,11 @@ def rand_matrix(seed: int, rank: int, size: int, dtype: torch.dtype = torch.floa
     """
     blocks = (size + 63) // 64
     rows, counters = torch.arange(rank)[:, None], torch.arange(16 * blocks)[None]
-    words = philox((counters, rows, 0, _NORMALS), int(seed))
+    zeros = torch.zeros_like(counters)
+    words = torch.broadcast_tensors(*philox(int(seed), counters, rows, zeros, zeros + _NORMALS))
     z = []
     for radius_word, angle_word in (words[:2], words[2:]):
-        u = ((radius_word >> 1).double() * 2**-31 + 2**-32).clamp(max=1)
+        u = ((radius_word >> 1).float() * 2**-31 + 2**-32).double()  # in (0, 1], on float32's grid
         radius = (-2 * u.log()).sqrt()
         # The two highest bits are the quadrant; the others, as a signed number, the angle from its middle.
         fraction = (angle_word << 2 & 0xFFFFFFFF).double() * 2**-32
@@ -58,15 +41,16 @@ def rand_matrix(seed: int, rank: int, size: int, dtype: torch.dtype = torch.floa
 
 
 def project(G: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
-    """See :func:`slkernels.project`."""
-    R = G if left is None else left.t() @ G
-    return R if right is None else R @ right.t()
+    """See :func:`slkernels.project`. The order of the two products is the op's: it shows in 16-bit dtypes."""
+    if left is None or right is None:
+        return G @ right.t() if left is None else left.t() @ G
+    return left.t() @ (G @ right.t()) if G.shape[0] < G.shape[1] else (left.t() @ G) @ right.t()
 
 
 def project_back(N: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
     """See :func:`slkernels.project_back`."""
-    U = N if left is None else left @ N
-    return U if right is None else U @ right
+    U = N if right is None else N @ right
+    return U if left is None else left @ U
 
 
 def project_back_add(
@@ -155,7 +139,7 @@ def quantize_group(
     """See :func:`slkernels.quantize_group`. uniform: w's shape, in [0, 1): rounds stochastically; else to nearest."""
     lead, m, top = w.shape[:-1], w.shape[-1], 2**bits - 1
     pad = (0, -m % group)
-    g = torch.nn.functional.pad(w.float(), pad).view(*lead, -1, group)
+    g = torch.nn.functional.pad(w.float(), pad).view(*lead, -(-m // group), group)
     hi, lo = g.amax(-1, keepdim=True).clamp(min=0), g.amin(-1, keepdim=True).clamp(max=0)
     scale = (hi - lo) / top
     finite, positive = scale.isfinite(), scale > 0
@@ -166,7 +150,7 @@ def quantize_group(
     codes = torch.where(finite & positive, (y + zero).clamp(0, top), 0.0).flatten(-2)[..., :m].to(torch.uint8)
     if bits == 4:
         codes = torch.nn.functional.pad(codes, (0, m % 2))
-        codes = codes[..., 0::2] | codes[..., 1::2] << 4
+        codes = codes[..., 0::2] << 4 | codes[..., 1::2]
     scale = torch.where(finite, scale, torch.nan)
     return codes, scale.squeeze(-1), zero.squeeze(-1).to(torch.uint8)
 
@@ -182,7 +166,7 @@ def dequantize_group(
 ) -> Tensor:
     """See :func:`slkernels.dequantize_group`."""
     if bits == 4:
-        codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
+        codes = torch.stack([codes >> 4, codes & 15], dim=-1).flatten(-2)
     m = codes.shape[-1] if columns is None else columns
 
     def spread(t: Tensor) -> Tensor:
