@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces every use of it on stderr
 
 
 def distinct_bytes(tensors: Iterable[Tensor]) -> int:

@@ -103,10 +103,7 @@ def _frugal_sltrain(model: nn.Module, config: LlamaConfig) -> None:
 
 
 def _int8(model: nn.Module, config: LlamaConfig) -> None:
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and "proj" in name:
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, Int8Linear.from_linear(module))
+    convert.int8(model, verbose=False)
 
 
 def _per_layer(optimizer: type[torch.optim.Optimizer]):
@@ -213,12 +210,14 @@ def measure(
                     optimizer.zero_grad()
             peaks.append(meter.peak)
         parameters = list(model.parameters())
+        codes = [b for m in model.modules() if isinstance(m, Int8Linear) for b in m.buffers()]
+        indices = [b for m in model.modules() if not isinstance(m, Int8Linear) for b in m.buffers(recurse=False)]
         return Row(
             model_name,
             recipe_name,
             sum(p.numel() for p in parameters),
-            distinct_bytes(parameters),
-            distinct_bytes(model.buffers()),
+            distinct_bytes([*parameters, *codes]),
+            distinct_bytes(indices),
             distinct_bytes(t for t in _state_tensors(optimizers) if t.device.type == where.type),
             gradients.peak,
             peaks[1],

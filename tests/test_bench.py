@@ -425,7 +425,11 @@ def test_list_names_every_family(capsys):
     assert program.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(set(lines)) == len(all_cases())
-    assert {line.split()[0] for line in lines} == set(families()) == {"lowrank", "model", "optim", "sl", "sparse"}
+    assert (
+        {line.split()[0] for line in lines}
+        == set(families())
+        == {"galore", "lowrank", "model", "optim", "sl", "sparse"}
+    )
 
 
 def test_quick_covers_every_family_of_ops_and_no_sweep():

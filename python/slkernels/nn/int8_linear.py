@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..project_quant import dequantize_group, grad_carrier, quantize_group
+from .sl_linear import dense_linear
 
 _ops = torch.ops.slkernels
 
@@ -82,6 +83,11 @@ class Int8Linear(nn.Module):
     def weight(self) -> Tensor:
         """W [n, m] in the carrier's dtype, dequantized anew at every access."""
         return dequantize_group(self.codes, self.scale, self.zero, group=self.group, dtype=self.carrier.dtype)
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Linear:
+        """An ``nn.Linear`` with the dequantized W and a copy of the bias."""
+        return dense_linear(self.weight, self.bias, self.training)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
