@@ -3,8 +3,6 @@
 import copy
 import gc
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -162,19 +160,17 @@ def test_a_frugal_model_is_the_same_model():
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 
-def test_the_command_line_counts_and_draws(tmp_path):
+def test_the_command_line_counts_and_draws(tmp_path, capsys):
     path = tmp_path / "memory.json"
-    command = [sys.executable, "-m", "slkernels.bench.memory", "--model", "350m", "--recipe", "adam"]
-    command += ["--recipe", "sltrain8bit", "--json", str(path), "--tokens", "1", "64"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "8-bit SLTrain per layer" in done.stdout
-    result = json.loads(path.read_text())
-    adam, sltrain = result["rows"]
+    options = ["--model", "350m", "--recipe", "adam", "--recipe", "sltrain8bit", "--tokens", "1", "16"]
+    assert memory.main([*options, "--json", str(path)]) == 0
+    assert "8-bit SLTrain per layer" in capsys.readouterr().out
+    adam, sltrain = json.loads(path.read_text())["rows"]
     # bfloat16 parameters, gradients and two moments; the parameters and the nonzeros of the paper.
     assert adam["parameters"] == adam["gradients"] == 2 * adam["trained"] == adam["states"] // 2
     assert adam["trained"] == pytest.approx(368.0e6, rel=1e-3)
     assert sltrain["trained"] == pytest.approx(194.3e6, rel=1e-3)
     assert sltrain["indices"] == pytest.approx(8 * 9.07e6, rel=1e-3)
-    drawn = subprocess.run([*command[:3], "--markdown", str(path)], capture_output=True, text=True, timeout=60)
-    assert "| 8-bit SLTrain per layer | 0.39 | 0.07 |" in drawn.stdout and "| 2.2 |" in drawn.stdout
+    assert memory.main(["--markdown", str(path)]) == 0
+    drawn = capsys.readouterr().out
+    assert "| 8-bit SLTrain per layer | 0.39 | 0.07 |" in drawn and "| 2.2 |" in drawn
