@@ -182,12 +182,12 @@ def test_a_rank_beyond_the_matrix(make):
 @family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes_and_odd_sizes(make, dtype):
-    params = make_params(((43, 29), (1, 17), (17, 1), (5,)), dtype)
+    params = make_params(((43, 29), (1, 17), (17, 1), (5,), (0, 4)), dtype)
     before = [p.detach().clone() for p in params]
     optimizer = make(params)
     train(optimizer, params, 4)
     assert all(p.isfinite().all() and p.dtype == dtype for p in params)
-    assert not any(map(torch.equal, params, before))
+    assert not any(map(torch.equal, params[:4], before))
 
 
 # ---- the schedule of subspaces, checkpoints -------------------------------------------------------------------------

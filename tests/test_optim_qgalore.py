@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from low_rank import Model, make_params, same, saved, set_grads, snapshot, train
+from slkernels import convert
 from slkernels.nn import Int8Linear
 from slkernels.optim import QGaLoreAdamW8bit, low_rank_groups, per_layer
 from slkernels.reference.project import dequantize_group, quantize_group
@@ -96,6 +97,16 @@ def test_the_layer_follows_dtypes():
     before = layer.codes.clone()
     optimizer.step()
     assert not torch.equal(before, layer.codes)
+
+
+def test_convert_swaps_linears_into_8_bits_and_back():
+    model = Model()
+    report = convert.int8(model, group=16, verbose=False, return_report=True)[1]
+    assert report.swapped == ["attn", "mlp"] and isinstance(model.attn, Int8Linear)
+    weight, loss = model.attn.weight, model.loss(0)
+    convert.dense(model)
+    assert type(model.attn) is nn.Linear and torch.equal(model.attn.weight, weight)
+    torch.testing.assert_close(model.loss(0), loss)
 
 
 # ---- steps ----------------------------------------------------------------------------------------------------------

@@ -17,9 +17,10 @@ from ..data import generator, nbytes, uniform
 FORMULA = "torch formula"
 EIGHT_BIT = "slkernels 8-bit"
 
-_LR, _SCALE, _BETAS, _EPS = 1e-2, 0.25, (0.9, 0.999), 1e-6
-# Relative error of the change of W after two steps; 16-bit weights and projections round about so much of it away.
-_ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+_LR, _SCALE, _BETAS, _EPS = 1e-2, 0.25, (0.9, 0.999), 1e-8
+# Relative error of the change of W after two steps. float32: eps stands beside another square root in the formula.
+# bfloat16: weights and moments round.
+_ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 _ALLOWED_8BIT = 0.1
 
 

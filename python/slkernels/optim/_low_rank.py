@@ -61,6 +61,7 @@ class LowRankOptimizer(_Adam):
 
     A matrix of a group with a ``rank`` takes part; tensors of other dimensions, and groups whose rank is None, are
     stepped by plain AdamW in one call. Moments, projected or not, are float32, or quantized as in :class:`AdamW8bit`.
+    Only a step that draws a subspace may wait for the device.
 
     ``state[p]`` of a matrix holds plain tensors: ``step``; ``m``, ``v`` and their scales in the subspace; ``calls`` and
     ``due`` (int64 on the CPU: the steps made, and the step that draws the next subspace); and what a subclass adds.
@@ -111,7 +112,7 @@ class LowRankOptimizer(_Adam):
     # ---- the step ----------------------------------------------------------------------------------------------------
 
     def _takes_part(self, group: State, p: Tensor) -> bool:
-        return group["rank"] is not None and p.dim() == 2
+        return group["rank"] is not None and p.dim() == 2 and p.numel() > 0
 
     def _new_state(self, group: State, p: Tensor) -> State:
         if not self._takes_part(group, p):

@@ -28,7 +28,7 @@ class APOLLOAdamW(LowRankOptimizer):
         U = s G, held to ``limiter`` times the norm of the last U;  W <- (1 - lr weight_decay) W - lr sqrt(scale) U
 
     P is random, a function of a seed, made where it is used and never stored: the state of a matrix is the moments of R
-    (2 rank max(n, m)), a seed and a norm. A step waits for no device. APOLLO-Mini: :func:`APOLLOMiniAdamW`.
+    (2 rank max(n, m)), a seed and a norm. APOLLO-Mini: :func:`APOLLOMiniAdamW`.
 
     Args:
         params: tensors or groups, see :func:`low_rank_groups`; matrices take part, other tensors, and groups with rank
