@@ -25,9 +25,9 @@ foreach(isa IN LISTS isa_names)
   target_compile_definitions(slkernels_cpu_${isa} PRIVATE SLK_ISA=${isa})
   # -O3: the panel loops need full unrolling. -fno-math-errno: sqrt becomes one instruction; results stay IEEE.
   # -ffp-contract=fast: a*b+c on vector types becomes one FMA.
-  # -Wno-maybe-uninitialized: GCC's own AVX-512 headers trip it (GCC bug 105593).
+  # -Wno-uninitialized, -Wno-maybe-uninitialized: GCC's own AVX-512 headers trip them (GCC bug 105593).
   target_compile_options(slkernels_cpu_${isa} PRIVATE ${isa_flags_${isa}} ${isa_optimise} -fno-math-errno -ffp-contract=fast
-                         -Wno-psabi -Wno-maybe-uninitialized)
+                         -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized)
   target_link_libraries(slkernels_cpu_${isa} PRIVATE slkernels_flags)
   target_sources(slkernels_cpu PRIVATE $<TARGET_OBJECTS:slkernels_cpu_${isa}>)
   string(TOUPPER ${isa} upper)

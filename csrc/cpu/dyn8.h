@@ -1,41 +1,19 @@
-// The codec dyn8: bitsandbytes' dynamic map (8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861), bit for
-// bit, without its 256-entry table.
-//
-// Magnitudes have an index t. Signed: code 127 +- t, t = 0..127, and 128 for +1 (there is no -1). Unsigned: code
-// t - 1, t = 1..256. With e = floor(log2 t), k = t - 2^e and w = k / 2^e, decade e holds
-//     value(t) = 10^(e - 6) * (b(w) + b(w + 2^-e)) / 2      (unsigned: 10^(e - 7)),
-//     b(w)     = 0.1 + 0.9 w, rounded to fp32 as torch.linspace(0.1, 1, 2^e + 1) does,
-// and value = 0 at t = 0 (unsigned: t = 1), 1 at t = 128 (256). linspace counts up from 0.1 in its lower half and down
-// from 1 in its upper half; with S = fl(1 - 0.1f) the latter is fma(S, w, 1 - S), since 1 - S is exact. So
-//     value = P * (fma(S, w, c) + fma(S, w + h, c))         with h = 2^-e, P = fl(10^(e - 6)) / 2,
-// and c, h, P depend on e and on the half only: 16 table entries, whose index is the low exponent bits and the top
-// mantissa bit of float(t). t = 0, 128 (1, 256) fall on entries with room for them: see decode_table.
-// (torch computes linspace with FMA on every CPU that has it; its scalar build differs by one unit in the last place
-// in 42 + 31 entries. The FMA table is the one that checkpoints hold.)
+// The codecs dyn8 and dyn8u in vectors. Definition: slkernels/optim_codec.cuh.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/simd_pairs.h"
+#include "slkernels/optim_codec.cuh"
 
 namespace slk::cpu::SLK_ISA::dyn8 {
 
-constexpr float kStep = 1.0f - 0.1f;        // S
-constexpr float kUpperBase = 1.0f - kStep;  // exact
-constexpr float kPower[8] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.0f, 1.0f};
-
-// ---- value of a code ------------------------------------------------------------------------------------------------
-
-// One magnitude; exact in double up to the roundings of the definition, so the same bits as decode() below.
 template <bool kSigned>
 constexpr float value(int t) {
-  if (t == (kSigned ? 0 : 1)) return 0.0f;
-  if (t == (kSigned ? 128 : 256)) return 1.0f;
-  int e = 0;
-  while (t >> (e + 1)) ++e;
-  const double h = 1.0 / (1 << e), w = double(t - (1 << e)) * h;
-  const double c = w < 0.5 ? 0.1f : kUpperBase;
-  const float low = float(double(kStep) * w + c), high = float(double(kStep) * (w + h) + c);
-  return kPower[kSigned ? e : e - 1] * ((low + high) / 2);
+  return codec::dynamic_value<kSigned>(t);
 }
+
+// ---- value of a code ------------------------------------------------------------------------------------------------
+//
+// Tables by the slot of t: the low three exponent bits and the top mantissa bit of float(t).
 
 struct DecodeTable {
   alignas(64) float c[16], h[16], p[16];
@@ -45,20 +23,20 @@ constexpr DecodeTable decode_table() {
   DecodeTable table{};
   for (int slot = 0; slot < 16; ++slot) {
     const int e = kSigned ? (slot / 2 + 1) % 8 : slot / 2 + 1;  // float(2^e) has the exponent field 127 + e
-    table.c[slot] = slot % 2 ? kUpperBase : 0.1f;
+    table.c[slot] = slot % 2 ? codec::kUpperBase : 0.1f;
     table.h[slot] = 1.0f / (1 << e);
-    table.p[slot] = e <= 7 ? kPower[kSigned ? e : e - 1] / 2 : 0;
+    table.p[slot] = e <= 7 ? codec::decade_power(kSigned ? e : e - 1) / 2 : 0;
   }
   // Slots with more than one magnitude in different decades: h = 1 makes w = t - 1, so that the two terms cancel
   // exactly at the zero, and P then gives the other magnitude its value.
   if (kSigned) {
-    table.c[0] = kStep / 2;  // t = 0 and t = 2
+    table.c[0] = codec::kStep / 2;  // t = 0 and t = 2
     table.h[0] = 1.0f;
     table.p[0] = 0x1.e4acd8p-21f;
     table.c[12] = 0.5f;  // t = 128
     table.p[12] = 0x1.fc6cd8p-1f;
   } else {
-    table.c[14] = -kStep / 2;  // t = 1 and t = 256
+    table.c[14] = -codec::kStep / 2;  // t = 1 and t = 256
     table.h[14] = 1.0f;
     table.p[14] = 0x1.1d8f56p-9f;
   }
@@ -67,16 +45,59 @@ constexpr DecodeTable decode_table() {
 template <bool kSigned>
 constexpr DecodeTable kDecode = decode_table<kSigned>();
 
+// t, with the sign of its side; and the index of its slot in the low 4 bits.
+template <bool kSigned>
+SLK_INLINE V index_of(VI code) {
+  return to_float(kSigned ? code - 127 : code + 1);
+}
+SLK_INLINE VI slot_of(V t) {
+  return (VI)((VU)t >> 22);
+}
+SLK_INLINE V with_sign_of(V magnitude, V q) {
+  return (V)((VI)magnitude | ((VI)q & INT32_MIN));
+}
+
 // The map's values of kLanes codes.
 template <bool kSigned>
 SLK_INLINE V decode(VI code) {
-  const V q = to_float(kSigned ? code - 127 : code + 1), t = kSigned ? abs(q) : q;
-  const VI slot = (VI)((VU)t >> 22);
-  const V h = lookup(kDecode<kSigned>.h, slot), c = lookup(kDecode<kSigned>.c, slot), s = broadcast(kStep);
+  constexpr const DecodeTable& table = kDecode<kSigned>;
+  const V q = index_of<kSigned>(code), t = kSigned ? abs(q) : q;
+  const VI slot = slot_of(t);
+  const V h = lookup(table.h, slot), c = lookup(table.c, slot), s = broadcast(codec::kStep);
   const V w = fma(t, h, broadcast(-1.0f));
-  const V magnitude = lookup(kDecode<kSigned>.p, slot) * (fma(s, w, c) + fma(s, w + h, c));
-  return kSigned ? (V)((VI)magnitude | ((VI)q & INT32_MIN)) : magnitude;
+  const V magnitude = lookup(table.p, slot) * (fma(s, w, c) + fma(s, w + h, c));
+  return kSigned ? with_sign_of(magnitude, q) : magnitude;
 }
+
+struct LineTable {
+  alignas(64) float slope[16], offset[16];
+};
+template <bool kSigned>
+constexpr LineTable line_table() {
+  LineTable table{};
+  for (int slot = 0; slot < 16; ++slot) {
+    table.slope[slot] = codec::dynamic_line<kSigned>(slot).slope;
+    table.offset[slot] = codec::dynamic_line<kSigned>(slot).offset;
+  }
+  return table;
+}
+template <bool kSigned>
+constexpr LineTable kLine = line_table<kSigned>();
+
+// codec::decode_in_step.
+template <bool kSigned>
+struct StepDecoder {
+  Table<16> slope, offset;
+  explicit StepDecoder(float scale)
+      : slope(load_table(kLine<kSigned>.slope) * scale), offset(load_table(kLine<kSigned>.offset) * scale) {}
+  SLK_INLINE V operator()(VI code) const {
+    const V q = index_of<kSigned>(code);
+    const VI slot = slot_of(q);
+    V c = lookup(offset, slot);
+    if (kSigned) c = (V)((VI)c ^ ((VI)q & INT32_MIN));
+    return fma(q, lookup(slope, slot), c);
+  }
+};
 
 // ---- code of a value ------------------------------------------------------------------------------------------------
 //
@@ -85,27 +106,45 @@ SLK_INLINE V decode(VI code) {
 // than 4 units, which covers every rounding on the way (the reciprocal's and the table's included), the lane is
 // decided exactly instead. Decades are told apart by one comparison, since a pair of binades holds at most one of
 // their borders; a border is biased upwards by 4 units, because below it the FMA also sees a midpoint there.
-
-constexpr int32_t kFixedZero = 0x43800000;  // 256.0f
+//
+// Tables by pair of binades (bits >> 24) and side of its border: pairs from 2^-31 to 2 have bit 4 set, and a value at
+// or above its border adds 16, which clears it.
 
 struct EncodeTable {
-  alignas(64) float border[16];             // by pair of binades (bits >> 24): the decade border in it, or infinity
-  alignas(64) int32_t decade[16];           // and the decade below that border
-  alignas(64) float slope[16], offset[16];  // by decade: 0 holds only zero, 1..7 the map's, 8 the neighbourhood of 1
-  alignas(64) int32_t last[16];             // the decade's last index
+  alignas(64) float border[16];             // the decade border in the pair, or infinity
+  alignas(64) float slope[32], offset[32];  // of the decade; the offset includes 4 units
+  alignas(64) float last[32];               // the largest fixed-point number of the decade's last index
 };
 template <bool kSigned>
 constexpr EncodeTable encode_table() {
   constexpr int zero = kSigned ? 0 : 1;           // t of the value zero: the index is t - zero
   constexpr int first = kSigned ? 0 : 1;          // e of the first decade
   constexpr double top = kSigned ? 0.99 : 0.995;  // between the last two midpoints; decade 8 starts here
-  EncodeTable table{};
-  double border[8] = {};
-  for (int i = 0; i < 7; ++i) {
-    const int t = 1 << (i + first);
-    border[i] = (double(value<kSigned>(i ? t - 1 : zero)) + value<kSigned>(t)) / 2;
+  // By decade: 0 holds only zero, 1..7 are the map's, 8 is the neighbourhood of 1.
+  double border[8] = {};  // above decade d
+  float slope[9] = {}, offset[9] = {};
+  int last[9] = {};
+  for (int d = 0; d < 7; ++d) {
+    const int t = 1 << (d + first);
+    border[d] = (double(value<kSigned>(d ? t - 1 : zero)) + value<kSigned>(t)) / 2;
   }
   border[7] = top;
+  slope[0] = float(0.5 / border[0]);
+  offset[0] = 256.5f;
+  for (int d = 1; d <= 7; ++d) {
+    const int e = d - 1 + first;
+    const double width = double(1 << e) / 0.9;
+    slope[d] = float(width / codec::decade_power(d - 1));
+    offset[d] = float(256 - zero + (1 << e) - 0.1 * width);
+    last[d] = (2 << e) - 1 - zero;
+  }
+  constexpr int t_one = kSigned ? 128 : 256;
+  const double midpoint = (double(value<kSigned>(t_one - 1)) + 1) / 2, steep = 0.5 / (midpoint - top);
+  slope[8] = float(steep);
+  offset[8] = float(256 + t_one - zero - steep * midpoint);
+  last[8] = t_one - zero;
+
+  EncodeTable table{};
   for (int pair = 48; pair < 64; ++pair) {  // 2^-31 to 2
     double low = 0x1p-31;
     for (int i = 48; i < pair; ++i) low *= 4;
@@ -116,61 +155,45 @@ constexpr EncodeTable encode_table() {
       if (border[i] >= low && border[i] < 4 * low) inside = float(border[i] * (1 + 0x1p-22));
     }
     table.border[pair & 15] = inside;
-    table.decade[pair & 15] = below;
+    for (int above = 0; above < 2; ++above) {
+      const int d = below + above < 8 ? below + above : 8, at = above ? pair & 15 : pair & 31;
+      table.slope[at] = slope[d];
+      table.offset[at] = offset[d] + 4 * 0x1p-15f;
+      table.last[at] = 256 + last[d] + (1 - 0x1p-15f);
+    }
   }
-  table.slope[0] = float(0.5 / border[0]);
-  table.offset[0] = 256.5f;
-  table.last[0] = 0;
-  for (int d = 1; d <= 7; ++d) {
-    const int e = d - 1 + first;
-    const double width = double(1 << e) / 0.9;
-    table.slope[d] = float(width / kPower[d - 1]);
-    table.offset[d] = float(256 - zero + (1 << e) - 0.1 * width);
-    table.last[d] = (2 << e) - 1 - zero;
-  }
-  constexpr int t_one = kSigned ? 128 : 256;
-  const double midpoint = (double(value<kSigned>(t_one - 1)) + 1) / 2, slope = 0.5 / (midpoint - top);
-  table.slope[8] = float(slope);
-  table.offset[8] = float(256 + t_one - zero - slope * midpoint);
-  table.last[8] = t_one - zero;
   return table;
 }
 template <bool kSigned>
 constexpr EncodeTable kEncode = encode_table<kSigned>();
 
-// The code nearest to x / scale, by exact comparison with midpoints; ties go to the smaller magnitude. `t` starts the
-// search. The sums of two neighbours are exact in double.
+// The code nearest to x / largest, by exact comparison, starting from a code.
 template <bool kSigned>
-inline int nearest(float x, float scale, int t) {
-  const float y = x / scale;
-  const double twice = 2.0 * (y < 0 ? -double(y) : double(y));
-  const int first = kSigned ? 0 : 1, last = kSigned ? (y < 0 ? 127 : 128) : 256;
-  while (t > first && twice <= double(value<kSigned>(t - 1)) + value<kSigned>(t)) --t;
-  while (t < last && twice > double(value<kSigned>(t)) + value<kSigned>(t + 1)) ++t;
-  return kSigned ? (y < 0 ? 127 - t : 127 + t) : t - 1;
-}
-
-// The same, starting from a code.
-template <bool kSigned>
-inline uint8_t nearest_code(float x, float scale, uint8_t code) {
+inline uint8_t nearest_code(float x, float largest, uint8_t code) {
+  constexpr Codec kCodec = kSigned ? Codec::dyn8 : Codec::dyn8u;
   const int t = kSigned ? (code < 127 ? 127 - code : code - 127) : code + 1;
-  return uint8_t(nearest<kSigned>(x, scale, t));
+  const float y = x / largest;
+  return uint8_t(codec::code_of<kCodec>(codec::nearest_dynamic<kSigned>(y, t), y < 0));
 }
 
-// Codes of kLanes finite values; |x| <= scale and reciprocal = 1 / scale, both normal numbers. The lanes of `doubtful`
-// (a bit each) may be off by one: nearest_code() decides them.
 template <bool kSigned>
-SLK_INLINE VI encode(V x, V reciprocal, uint16_t& doubtful) {
-  constexpr const EncodeTable& table = kEncode<kSigned>;
-  const V a = max_abs(x * reciprocal, broadcast(0x1p-24f));
-  const VI pair = (VI)((VU)a >> 24);
-  const VI decade = count_ge(lookup(table.decade, pair), a, lookup(table.border, pair));
-  const VI fixed = (VI)fma(a, lookup(table.slope, decade), lookup(table.offset, decade)) - (kFixedZero - 4);
-  doubtful = lanes_without(fixed, 0x7ff8);  // within 4 units of a midpoint
-  const VI index = min(fixed >> 15, lookup(table.last, decade));
-  if (!kSigned) return index;
-  const VI code = by_sign(x, 127 - index, 127 + index);
-  return max(code, VI{});  // there is no -1
-}
+struct Encoder {
+  static constexpr bool kDoubts = true;
+  V inverse;
+  Encoder(float, float inverse) : inverse(broadcast(inverse)) {}
+  // Codes of kLanes finite values; |x| <= largest, and inverse = 1 / largest, both normal numbers. The lanes of
+  // `doubtful` (a bit each) may be off by one: nearest_code() decides them.
+  SLK_INLINE VI operator()(V x, uint16_t& doubtful) const {
+    constexpr const EncodeTable& table = kEncode<kSigned>;
+    const V a = kSigned ? max_abs(x * inverse, broadcast(0x1p-24f)) : max(x * inverse, broadcast(0x1p-24f));
+    const VI pair = (VI)((VU)a >> 24);
+    const VI at = add16_ge(pair, a, lookup(load_table(table.border), pair));
+    const V fixed = fma(a, lookup(load_table(table.slope), at), lookup(load_table(table.offset), at));
+    doubtful = lanes_without((VI)fixed, 0x7ff8);  // within 4 units of a midpoint
+    const VI index = (VI)min(fixed, lookup(load_table(table.last), at)) >> 15;
+    if (!kSigned) return index;                                          // the low byte is the code
+    return max(step_by_sign(127, index - (0x43800000 >> 15), x), VI{});  // there is no -1
+  }
+};
 
 }  // namespace slk::cpu::SLK_ISA::dyn8

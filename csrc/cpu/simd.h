@@ -318,6 +318,15 @@ SLK_INLINE V max(V a, V b) {  // b where either is NaN
   return a > b ? a : b;
 #endif
 }
+SLK_INLINE V min(V a, V b) {  // b where either is NaN
+#if defined(__AVX512F__)
+  return (V)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (V)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 SLK_INLINE VI max(VI a, VI b) {
   return a > b ? a : b;
 }
@@ -350,15 +359,6 @@ SLK_INLINE V max_abs(V a, V floor) {
   return (V)_mm512_range_ps((__m512)a, (__m512)floor, 0b1011);  // the larger magnitude, without its sign
 #else
   return max(abs(a), floor);
-#endif
-}
-// n + (a >= b ? 1 : 0)
-SLK_INLINE VI count_ge(VI n, V a, V b) {
-#if defined(__AVX512F__)
-  const __mmask16 ge = _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ);
-  return (VI)_mm512_mask_sub_epi32((__m512i)n, ge, (__m512i)n, _mm512_set1_epi32(-1));
-#else
-  return n - (VI)(a >= b);
 #endif
 }
 // negative where x has its sign bit, else positive.

@@ -17,35 +17,52 @@
 
 namespace slk {
 
-constexpr int64_t kMaxQuantBlock = 4096;     // a block's m and v stay in L1 as fp32
+constexpr int64_t kMaxQuantBlock = 4096;     // a block's moments stay in L1 as fp32
 constexpr int64_t kQuantBlockMultiple = 16;  // whole vectors on every ISA
 
 namespace cpu {
 
-struct AdamTensor {
-  void* p;
-  const void* g;
-  void *m, *v;               // uint8 codes, or fp32 when m_scale is null
-  float *m_scale, *v_scale;  // [ceil(n / block)]
-  int64_t n;
-  DType dtype;  // of p and g
+struct Moment {
+  void* data;    // codes, or fp32 where scale is null
+  float* scale;  // [ceil(n / block)]
 };
 
-struct AdamStep {  // what the step's scalars become, computed once a call in fp64
-  float beta1, one_minus_beta1, beta2, one_minus_beta2, eps;
-  float decay;           // 1 - lr * weight_decay, or 1 when not decoupled
-  float l2;              // weight_decay when not decoupled, or 0
-  float step_size;       // lr / (1 - beta1^t)
-  float inv_sqrt_bias2;  // 1 / sqrt(1 - beta2^t)
-  float inv_grad_scale;
+struct StepTensor {
+  void* p;        // parameters; null for a direction
+  void* out;      // the direction, or null
+  const void* g;  // of p's dtype
+  Moment m, v, slow;
+  void* low;     // int16 or int8 remainders of bf16 parameters, or null
+  int low_bits;  // 16 or 8
+  int64_t n;
+  DType dtype, out_dtype;
+  uint32_t index;  // in its list: a word of the random numbers' counter
+};
+
+struct RandomKey {
+  uint64_t seed;
+  uint32_t step;
+};
+
+struct StepCall {
+  StepScalars scalars;
+  Rule rule;
+  Codec codec;  // of m
+  int64_t block;
+  bool stochastic;  // rounding of parameters
+  RandomKey random;
 };
 
 struct OptimKernels {
-  // Blocks [begin, end) of an n-element x.
-  void (*quantize)(Codec, DType, const void* x, int64_t n, int64_t block, Range blocks, uint8_t* codes, float* scale);
+  // Blocks [begin, end) of an n-element x. random: stochastic rounding, or null.
+  void (*quantize)(Codec, DType, const void* x, int64_t n, int64_t block, Range blocks, const RandomKey* random,
+                   uint8_t* codes, float* scale);
   void (*dequantize)(Codec, DType, const uint8_t* codes, const float* scale, int64_t n, int64_t block, Range blocks,
                      void* out);
-  void (*adam)(const AdamTensor&, const AdamStep&, int64_t block, Range blocks);
+  // Return the number of elements whose moments were kept.
+  int64_t (*adam)(const StepTensor&, const StepCall&, Range blocks);
+  int64_t (*ademamix)(const StepTensor&, const StepCall&, Range blocks);
+  int64_t (*momentum)(const StepTensor&, const StepCall&, Range blocks);
 };
 const OptimKernels& optim_kernels();
 

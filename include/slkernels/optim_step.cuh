@@ -9,7 +9,7 @@
 //              d  = m' / fma(sqrt(v'), 1 / sqrt(1 - beta2^t), eps)
 //              p' = fma(-lr / (1 - beta1^t), d, fl(p decay))         decay = 1 - lr weight_decay where decoupled, else
 //              1
-//   direction: out = fl(d / (1 - beta1^t)): fl(d inv_bias1)
+//   adam_direction: out = fl(d fl(1 / (1 - beta1^t)))
 //   AdEMAMix (Pagliardini et al., arXiv 2409.03137), s = the slow moment:
 //              s' = fma(beta3, s, fl((1 - beta3) g))
 //              d  = fma(m', 1 / (1 - beta1^t), fl(alpha s')) / fma(sqrt(v'), 1 / sqrt(1 - beta2^t), eps)
@@ -36,7 +36,7 @@
 
 namespace slk {
 
-enum class Rule : int { adam, ademamix, lion, signum, sgd, nesterov };
+enum class Rule : int { adam, adam_direction, ademamix, lion, signum, sgd, nesterov };
 
 // What a step's scalars become, computed once a call in fp64 (on CUDA: once a block).
 struct StepScalars {

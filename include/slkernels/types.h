@@ -10,6 +10,14 @@
 #define SLK_HD
 #endif
 
+// Encloses inline functions of headers that csrc/cpu includes: its files are compiled once per instruction set, and the
+// linker must not take one set's copy for another's.
+#if defined(SLK_ISA)
+#define SLK_PER_ISA inline namespace SLK_ISA
+#else
+#define SLK_PER_ISA inline namespace baseline
+#endif
+
 namespace slk {
 
 enum class DType : int { f32, bf16, f16, f64 };

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .optim_codec import dequantize_block, dynamic_map, quantize_block
+from .optim_codec import decode_in_step, dequantize_block, dynamic_map, quantize_block
 
 __all__ = [
     "adam",
     "ademamix",
+    "decode_in_step",
     "dequantize_block",
     "dynamic_map",
     "join_master",
@@ -124,10 +125,10 @@ def round_stochastic(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     if dtype == torch.bfloat16:
         added = x.view(torch.int32) + bits.to(torch.int32)
         return torch.where(finite, (added & -65536).view(torch.float32), x).to(dtype)
-    # float16 drops 13 bits, or, below its smallest normal number, all bits under 2^-24.
-    unit = torch.ldexp(torch.ones_like(x), (torch.frexp(x).exponent - 11).clamp(min=-24))
-    a = x.double().abs() / unit
-    rounded = (a.floor() + (a - a.floor() + bits / 65536 >= 1)) * unit
+    # float16 drops 13 bits; below its smallest normal number, what 2^-24 leaves, of which 13 bits count.
+    unit = torch.ldexp(torch.ones_like(x, dtype=torch.float64), (torch.frexp(x).exponent - 11).clamp(min=-24))
+    a = (x.double().abs() / unit * 2**13).floor()
+    rounded = ((a + (bits >> 3)) / 2**13).floor() * unit
     return torch.where(finite, torch.copysign(rounded, x.double()), x.double()).to(dtype)
 
 

@@ -66,12 +66,43 @@ def code_values(codec: str) -> Tensor:
     return out
 
 
+@functools.cache
+def _lines(signed: bool) -> tuple[Tensor, Tensor]:
+    """Slope and offset of every magnitude of the dynamic map as the steps read it (codec::dynamic_line), float32."""
+    slopes, offsets = [], []
+    for t in range(129 if signed else 257):
+        e = max(t, 1).bit_length() - 1
+        power = 1e-6
+        for _ in range(e if signed else e - 1):
+            power *= 10
+        slope, offset = 0.9 * power / 2**e, power * (0.45 / 2**e - 0.8)
+        if signed and t in (0, 2):
+            slope, offset = float(dynamic_map(True)[129]) / 2, 0.0
+        elif signed and t == 128:
+            slope, offset = 2.0**-7, 0.0
+        elif not signed and t in (1, 256):
+            slope, offset = 1 / 255, -1 / 255
+        slopes.append(slope)
+        offsets.append(offset)
+    return torch.tensor(slopes), torch.tensor(offsets)
+
+
 def _code(index: Tensor, negative: Tensor, codec: str) -> Tensor:
     """Positions in :func:`magnitudes` and signs to codes."""
     zero = ZERO_CODE.get(codec, 0)
     if codec == "fp8":
         return (index + 128 * negative).to(torch.uint8)
     return (zero + torch.where(negative, -index, index)).remainder(256).to(torch.uint8)
+
+
+def _root(x: Tensor) -> Tensor:
+    """The correctly rounded root, which torch's float32 sqrt is not."""
+    return x.double().sqrt().float()
+
+
+def _over(top: float, largest: Tensor) -> Tensor:
+    """top / largest, rounded once: with a Python number, torch multiplies by a reciprocal."""
+    return torch.full_like(largest, top) / largest
 
 
 def _nearest(x: Tensor, largest: Tensor, codec: str) -> Tensor:
@@ -81,19 +112,19 @@ def _nearest(x: Tensor, largest: Tensor, codec: str) -> Tensor:
     if codec in ("dyn8", "dyn8u"):
         return _search(a / top, magnitudes(codec))
     if codec == "dyn4":
-        return _search(a * (1 / top), magnitudes(codec))
+        return _search(a * _over(1.0, top), magnitudes(codec))
     if codec == "cmp8":
         k = torch.tensor(1 / 254)
         return (a / (a.double() * k.double() + (top * k).double()).float()).round().long()
     if codec == "cmp8u":
-        index = (x.sqrt() * (255 / largest.sqrt())).round().long()
+        index = (_root(x) * _over(255.0, _root(largest))).round().long()
     elif codec == "lin4u":
-        return (a * (16 / top)).round().long().clamp(min=1) - 1
+        return (a * _over(16.0, top)).round().long().clamp(min=1) - 1
     elif codec in ("fp8", "fp8u"):
-        y = (a * (448 / top)).clamp(max=448)
+        y = (a * _over(448.0, top)).clamp(max=448)
         index = y.to(torch.float8_e4m3fn).view(torch.uint8).long()
     else:
-        index = (a * (_TOP[codec] / top)).round().long()
+        index = (a * _over(_TOP[codec], top)).round().long()
     return index if codec in SIGNED else torch.where(x > 0, index.clamp(min=1), index)
 
 
@@ -141,7 +172,7 @@ def quantize_block(
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block)
     largest = blocks.abs().amax(1) if blocks.numel() else blocks.new_zeros(0)
     largest = torch.where(largest.isfinite(), largest, torch.nan)
-    scale = (largest.sqrt() if codec == "cmp8u" else largest) / _TOP.get(codec, 1.0)
+    scale = (_root(largest) if codec == "cmp8u" else largest) / _TOP.get(codec, 1.0)
     known = (largest > 0)[:, None]
     safe = torch.where(known, blocks, 0.0)
     index = _nearest(safe, torch.where(known, largest[:, None], 1.0), codec)
@@ -171,3 +202,14 @@ def dequantize_block(
     scales = scale.repeat_interleave(block)[: each.numel()]
     values = (each * scales).square() if codec == "cmp8u" else code_values(codec)[each] * scales
     return (values if codec in FOUR_BITS else values.view(codes.shape)).to(dtype or torch.float32)
+
+
+def decode_in_step(codes: Tensor, scale: Tensor, codec: str, block: int, numel: int | None = None) -> Tensor:
+    """What the steps read, float32: dyn8 and dyn8u by one FMA, t (slope scale) + (offset scale), the others exactly."""
+    if codec not in ("dyn8", "dyn8u"):
+        return dequantize_block(codes, scale, codec, block, numel=numel)
+    t = codes.long() - 127 if codec == "dyn8" else codes.long() + 1
+    slope, offset = (table[t.abs()] for table in _lines(codec == "dyn8"))
+    each = scale.repeat_interleave(block)[: codes.numel()].view(codes.shape)
+    line = t.double() * (slope * each).double() + (torch.where(t < 0, -offset, offset) * each).double()
+    return line.float()
