@@ -45,7 +45,7 @@ class Workers:
         for connection in self.connections:
             connection.send((function, args))
         answers = [
-            connection.recv() if connection.poll(120) else (False, "no answer") for connection in self.connections
+            connection.recv() if connection.poll(60) else (False, "no answer") for connection in self.connections
         ]
         failures = [text for ok, text in answers if not ok]
         assert not failures, "\n".join(failures)

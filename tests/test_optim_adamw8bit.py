@@ -16,7 +16,7 @@ def make_params(sizes=((128, 64), (64,), (5000,)), dtype=torch.float32, seed=0):
 
 def set_grads(params, seed):
     for i, p in enumerate(params):
-        p.grad = random_tensor(*p.shape, seed=1000 * seed + i, decades=3.0).to(p.dtype)
+        p.grad = random_tensor(*p.shape, seed=1000 * seed + i, decades=3.0).to(p)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -165,20 +165,6 @@ def test_closure_sparse_and_arguments():
             AdamW8bit(params, **bad)
 
 
-def test_load_refuses_states_that_do_not_fit():
-    params = make_params()
-    optimizer = AdamW8bit(params)
-    set_grads(params, 0)
-    optimizer.step()
-    state = optimizer.state_dict()
-    state["state"][0]["m_scale"] = torch.zeros(3)
-    with pytest.raises(ValueError, match="m_scale of a parameter"):
-        AdamW8bit(make_params()).load_state_dict(state)
-    del state["state"][0]["m_scale"]
-    with pytest.raises(ValueError, match="lacks"):
-        AdamW8bit(make_params()).load_state_dict(state)
-
-
 def test_grad_scaler_skips_a_step_with_infinities():
     params = make_params()
     optimizer = AdamW8bit(params)
@@ -209,103 +195,3 @@ def test_copies_and_pickles():
         set_grads(ps, 1)
         o.step()
     assert all(same_bits(p.detach(), q.detach()) for p, q in zip(params, both[0], strict=True))
-
-
-# ---- bitsandbytes ---------------------------------------------------------------------------------------------------
-
-
-def bitsandbytes_layout(wrapped):
-    """A state_dict as bitsandbytes.optim.AdamW8bit saves it, for a large and a small parameter."""
-    m, v = random_tensor(70, 100, seed=1), random_tensor(70, 100, seed=2).square()
-    (state1, absmax1), (state2, absmax2) = (reference.quantize_block(m), reference.quantize_block(v, "dyn8u"))
-    large = {
-        "state1": state1,
-        "state2": state2,
-        "qmap1": reference.dynamic_map(True),
-        "qmap2": reference.dynamic_map(False),
-        "absmax1": absmax1,
-        "absmax2": absmax2,
-    }
-    small = {"state1": random_tensor(40, seed=3), "state2": random_tensor(40, seed=4).square()}
-    if wrapped:
-        large, small = ({"__bnb_optimizer_quant_state__": s} for s in (large, small))
-    group = {"lr": 2e-3, "betas": (0.8, 0.99), "eps": 1e-7, "weight_decay": 0.2, "alpha": 0.0, "params": [0, 1]}
-    return {"state": {0: {"step": 17, **large}, 1: {"step": 17, **small}}, "param_groups": [group]}, m, v
-
-
-@pytest.mark.parametrize("wrapped", [True, False])
-def test_bitsandbytes_layout_loads_and_continues(wrapped):
-    saved, m, v = bitsandbytes_layout(wrapped)
-    params = make_params(((70, 100), (40,)))
-    optimizer = AdamW8bit(params, lr=1.0)
-    optimizer.load_state_dict(saved)
-    group = optimizer.param_groups[0]
-    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (2e-3, (0.8, 0.99), 1e-7, 0.2)
-    set_grads(params, 5)
-    p = params[0]
-    m, v = reference.quantize_block(m), reference.quantize_block(v, "dyn8u")
-    want = reference.adam(
-        p.detach().double(),
-        p.grad.double(),
-        reference.dequantize_block(*m).double(),
-        reference.dequantize_block(*v, "dyn8u").double(),
-        18,
-        2e-3,
-        beta1=0.8,
-        beta2=0.99,
-        eps=1e-7,
-        weight_decay=0.2,
-    )[0]
-    optimizer.step()
-    torch.testing.assert_close(p.detach().double(), want, rtol=1e-6, atol=1e-7)
-    assert float(optimizer.state[p]["step"]) == 18
-    back = optimizer.state_dict("bitsandbytes")["state"]
-    assert back[0]["step"] == 18 and same_bits(back[0]["qmap1"], reference.dynamic_map(True))
-    assert set(back[1]) == {"step", "state1", "state2"}
-
-
-def test_bitsandbytes_layout_errors():
-    saved, _, _ = bitsandbytes_layout(False)
-    for change, message in (
-        (lambda s: s["state"][0].pop("absmax1"), "only block-wise states"),
-        (lambda s: s["state"][0].update(qmap1=torch.linspace(-1, 1, 256)), "qmap1 is not bitsandbytes' dynamic map"),
-        (lambda s: s["state"][0].update(absmax1=torch.zeros(3)), "fits neither blocks of 256 nor of 2048"),
-        (lambda s: s["state"][0].pop("state1"), "lacks m"),
-    ):
-        broken = copy.deepcopy(saved)
-        change(broken)
-        with pytest.raises(ValueError, match=message):
-            AdamW8bit(make_params(((70, 100), (40,)))).load_state_dict(broken)
-
-
-def test_a_state_of_real_bitsandbytes_continues_and_goes_back():
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    sizes = ((70, 100), (40,))
-    theirs, ours = make_params(sizes), make_params(sizes)
-    hyper = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
-    bnb_optimizer = bnb.optim.AdamW8bit(theirs, **hyper)
-    for step in range(3):
-        set_grads(theirs, step)
-        bnb_optimizer.step()
-    with torch.no_grad():
-        for p, q in zip(ours, theirs, strict=True):
-            p.copy_(q)
-    optimizer = AdamW8bit(ours)
-    optimizer.load_state_dict(bnb_optimizer.state_dict())
-    for p, q in zip(ours, theirs, strict=True):
-        assert torch.equal(optimizer.state[p]["m"], bnb_optimizer.state[q]["state1"])
-    # One step from the same state: the update uses unquantized moments, so the parameters agree closely. (Their codes
-    # do not: bitsandbytes' CPU quantizer is not exact.)
-    moved = [p.detach().clone() for p in ours]
-    set_grads(theirs, 9), set_grads(ours, 9)
-    bnb_optimizer.step(), optimizer.step()
-    for p, q, start in zip(ours, theirs, moved, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
-        assert not torch.equal(p, start)
-    # and back
-    again = bnb.optim.AdamW8bit(make_params(sizes), **hyper)
-    again.load_state_dict(optimizer.state_dict("bitsandbytes"))
-    for p, q in zip(ours, again.param_groups[0]["params"], strict=True):
-        assert torch.equal(again.state[q]["state1"], optimizer.state[p]["m"]) and again.state[q]["step"] == 4
-        set_grads([q], 10)
-    again.step()

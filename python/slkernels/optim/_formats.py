@@ -43,6 +43,11 @@ def write(optimizer: QuantizedOptimizer, packed: dict[str, Any], format: str) ->
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got '{format}'")
     make = {"torch": _to_torch, "bitsandbytes": _to_bitsandbytes}.get(format)
+    groups = packed["param_groups"]
+    if make:
+        export = optimizer._group_to_torch if format == "torch" else optimizer._group_to_bitsandbytes
+        common = ("params", "param_names", "initial_lr")
+        groups = [{**{k: group[k] for k in common if k in group}, **export(group)} for group in groups]
     state = {}
     for group, saved in zip(optimizer.param_groups, packed["param_groups"], strict=True):
         for key, p in zip(saved["params"], group["params"], strict=True):
@@ -53,11 +58,6 @@ def write(optimizer: QuantizedOptimizer, packed: dict[str, Any], format: str) ->
                 state[key] = make(optimizer, group, p, source)
             else:
                 state[key] = _own(optimizer, group, p, source, format)
-    groups = packed["param_groups"]
-    if make:
-        export = optimizer._group_to_torch if format == "torch" else optimizer._group_to_bitsandbytes
-        common = ("params", "param_names", "initial_lr")
-        groups = [{**{k: group[k] for k in common if k in group}, **export(group)} for group in groups]
     return {**packed, "state": state, "param_groups": groups}
 
 
@@ -117,18 +117,21 @@ def _dynamic_map(signed: bool) -> Tensor:
 
 def read(optimizer: QuantizedOptimizer, given: dict[str, Any]) -> tuple[list[State], dict[Tensor, State]]:
     """The groups (with the ids of ``given``) and the state of every parameter. Changes nothing."""
+    if not {"state", "param_groups"} <= given.keys():
+        raise ValueError(f"a state_dict has state and param_groups, this one {sorted(map(str, given))}")
     ours, theirs = optimizer.param_groups, given["param_groups"]
     if len(ours) != len(theirs):
         raise ValueError(f"the state has {len(theirs)} parameter groups, this optimizer {len(ours)}")
-    known = set(chain.from_iterable(group["params"] for group in theirs))
-    if unknown := sorted(map(str, given["state"].keys() - known)):
-        raise ValueError(f"the state is of parameters that are in none of its groups: {unknown}")
-    groups, states = [], {}
     for group, saved in zip(ours, theirs, strict=True):
         if len(group["params"]) != len(saved["params"]):
             raise ValueError(
                 f"a group of the state has {len(saved['params'])} parameters, here it has {len(group['params'])}"
             )
+    known = set(chain.from_iterable(group["params"] for group in theirs))
+    if unknown := sorted(map(str, given["state"].keys() - known)):
+        raise ValueError(f"the state is of parameters that are in none of its groups: {unknown}")
+    groups, states = [], {}
+    for group, saved in zip(ours, theirs, strict=True):
         sources = [given["state"].get(key) or {} for key in saved["params"]]
         sources = [{**source, **source.get(_BNB_WRAPPER, {})} for source in sources]
         merged = _merge_group(optimizer, group, saved, sources)
@@ -145,6 +148,8 @@ def read(optimizer: QuantizedOptimizer, given: dict[str, Any]) -> tuple[list[Sta
 
 def _merge_group(optimizer: QuantizedOptimizer, group: State, saved: State, sources: list[State]) -> State:
     if "codec" in saved:
+        if missing := optimizer.defaults.keys() - saved.keys():
+            raise ValueError(f"a parameter group of the state lacks {sorted(missing)}")
         return dict(saved)
     for option, value in optimizer._fixed_options.items():
         if saved.get(option, value) != value:
@@ -177,7 +182,11 @@ def _read_one(optimizer: QuantizedOptimizer, group: State, p: Tensor, source: St
         raise ValueError(f"the state of a parameter {list(p.shape)} lacks step; got {sorted(source)}")
     state: State = {"step": torch.tensor(float(source["step"]), dtype=torch.float32, device=p.device)}
     state.update(_read_master(group, p, source))
-    for moment in optimizer._moments_of(group):
+    moments = optimizer._moments_of(group)
+    known = {"step", "master_lo", *(m.key + end for m in moments for end in ("", "_scale", _FLOAT))}
+    if unknown := source.keys() - known:
+        raise ValueError(f"the state of a parameter {list(p.shape)} is of another optimizer: it has {sorted(unknown)}")
+    for moment in moments:
         key, scale = moment.key, moment.key + "_scale"
         as_float = source.get(key + _FLOAT)
         if as_float is not None:
@@ -211,22 +220,21 @@ def _from_bitsandbytes(optimizer: QuantizedOptimizer, group: State, p: Tensor, s
     for index, moments in _bitsandbytes_keys(optimizer, group):
         if "state" + index not in source:
             raise ValueError(f"the state of a parameter {list(p.shape)} lacks state{index}; got {sorted(source)}")
-        codes, scales = source["state" + index], None
-        if codes.dtype == torch.uint8:
-            if f"absmax{index}" not in source or f"qmap{index}" not in source:
-                raise ValueError(f"only block-wise states can be loaded, with absmax{index} and qmap{index}")
-            # On a CPU without FMA torch builds the map one unit in the last place off.
-            if not torch.allclose(source[f"qmap{index}"].cpu(), _dynamic_map(moments[0].signed), rtol=1e-6, atol=0):
-                raise ValueError(f"qmap{index} is not bitsandbytes' dynamic map")
-            scales = source["absmax" + index]
-        if len(moments) == 1:
-            codes, scales = [codes], [scales]
+        codes = source["state" + index]
+        codes = list(codes) if len(moments) > 1 else [codes]
         if len(codes) != len(moments):
             raise ValueError(f"state{index} must hold {len(moments)} moments, got {len(codes)}")
+        state.update({moment.key: c for moment, c in zip(moments, codes, strict=True)})
+        if codes[0].dtype != torch.uint8:
+            continue
+        if f"absmax{index}" not in source or f"qmap{index}" not in source:
+            raise ValueError(f"only block-wise states can be loaded, with absmax{index} and qmap{index}")
+        # On a CPU without FMA torch builds the map one unit in the last place off.
+        if not torch.allclose(source[f"qmap{index}"].cpu(), _dynamic_map(moments[0].signed), rtol=1e-6, atol=0):
+            raise ValueError(f"qmap{index} is not bitsandbytes' dynamic map")
         shape = scale_shape(p.shape, group["block_size"])
-        for i, moment in enumerate(moments):
-            state[moment.key] = codes[i]
-            if scales[i] is not None:
-                fits = scales[i].numel() == math.prod(shape)
-                state[moment.key + "_scale"] = scales[i].reshape(shape) if fits else scales[i]
+        scales = source["absmax" + index]
+        scales = list(scales) if len(moments) > 1 else [scales]
+        for moment, scale in zip(moments, scales, strict=True):
+            state[moment.key + "_scale"] = scale.view(shape) if scale.numel() == math.prod(shape) else scale
     return state

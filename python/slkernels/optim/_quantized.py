@@ -51,10 +51,12 @@ class Launch:
 
     @property
     def params(self) -> list[Tensor]:
+        """What the kernels write: this rank's parts."""
         return [local(p) for p in self.whole] if self._sharded else self.whole
 
     @property
     def grads(self) -> list[Tensor]:
+        """This rank's parts of the gradients, laid out as the parameters are."""
         if not self._sharded:
             return [p.grad for p in self.whole]
         return [local(p.grad if _alike(p) else p.grad.redistribute(placements=p.placements)) for p in self.whole]
@@ -76,13 +78,10 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
     One call of an op a parameter group. Works with LR schedulers, ``torch.amp.GradScaler``, closures, DDP, FSDP2
     (``fully_shard``) and ``torch.compile``. Deterministic: the bits depend on neither the number of threads nor the
-    grouping of tensors.
+    grouping of tensors (random bits of ``stochastic_rounding`` do depend on that).
 
     Attributes:
         max_grad_norm: clip gradients to this global norm, or None. See :meth:`step`.
-        grad_norm: the norm that the last step clipped by, a 0-d tensor; None before.
-        nonfinite: int64, 0-d: elements whose moments were kept because a gradient was NaN, infinite or too large,
-            counted on the device since the optimizer was made; None before the first step.
         state_dict_format: what :meth:`state_dict` writes when it is not told: ``"slkernels"`` at first.
     """
 
@@ -103,8 +102,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         self.max_grad_norm = defaults.pop("max_grad_norm")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"{type(self).__name__}: max_grad_norm is out of range: {self.max_grad_norm}")
-        self.grad_norm: Tensor | None = None
-        self.nonfinite: Tensor | None = None
+        # A dict, because torch.compile keeps what is put into one, but drops what is assigned to an optimizer.
+        self._measured: dict[str, Tensor] = {}
         self.state_dict_format = "slkernels"
         self._forget()
         super().__init__(params, defaults)
@@ -126,6 +125,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{type(self).__name__}: {name} is out of range: {group[name]}")
 
     def _moments_of(self, group: State) -> tuple[Moment, ...]:
+        """In the order of the op's arguments."""
         return self._moments
 
     def _update(self, launch: Launch, group: State, lr: Tensor, scales: dict[str, Tensor | None]) -> None:
@@ -142,16 +142,28 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         }
 
     def _forget(self) -> None:
+        """What was cached from groups and state."""
         self._plans: dict[int, tuple[tuple[int, ...], Plan]] = {}
         self._lrs: dict[int, tuple[float, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("max_grad_norm", "grad_norm", "nonfinite", "state_dict_format")
+        kept = ("max_grad_norm", "state_dict_format", "_measured")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm that the last step clipped by, float32, 0-d; None before."""
+        return self._measured.get("grad_norm")
+
+    @property
+    def nonfinite(self) -> Tensor | None:
+        """How many elements, since the optimizer was made, kept their moments because the gradient was NaN, infinite or
+        too large: int64, 0-d, counted on the device; None before the first step."""
+        return self._measured.get("nonfinite")
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
@@ -193,9 +205,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             if not params:
                 continue
             lr = self._lr_tensor(index, group["lr"], params[0].device)
-            if self.nonfinite is None or self.nonfinite.device != lr.device:
-                self.nonfinite = torch.zeros((), dtype=torch.int64, device=lr.device)
-            scales["nonfinite"] = self.nonfinite
+            if "nonfinite" not in self._measured:
+                self._measured["nonfinite"] = torch.zeros((), dtype=torch.int64, device=lr.device)
+            scales["nonfinite"] = self._measured["nonfinite"]
             plan = self._cached_plan(index, group, params)
             for step in plan.steps:
                 step.add_(1 if found_inf is None else (found_inf.reshape(()) == 0))
@@ -213,7 +225,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         scale = None if grad_scale is None else grad_scale.to(norm_sq.device).reshape(())
         if scale is not None:
             norm_sq = norm_sq / scale.square()
-        self.grad_norm = norm_sq.sqrt()
+        self._measured["grad_norm"] = norm_sq.sqrt()
         divisor = clip_coef(norm_sq, self.max_grad_norm)
         skip = (~divisor.isfinite()).float()
         return {

@@ -22,8 +22,38 @@ def check_betas(optimizer: QuantizedOptimizer, group: State, count: int) -> None
     optimizer._require(group, betas=right, eps=group["eps"] >= 0)
 
 
+def adam_step(
+    optimizer: QuantizedOptimizer,
+    launch: Launch,
+    group: State,
+    lr: Tensor,
+    scales: dict[str, Tensor | None],
+    decoupled: bool = True,
+) -> None:
+    """Adam(W) on a launch."""
+    beta1, beta2 = group["betas"]
+    adam_q_(
+        launch.params,
+        launch.grads,
+        *launch.lists,
+        launch.master,
+        launch.step,
+        lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        decoupled=decoupled,
+        **optimizer._call_options(launch, group),
+        **scales,
+    )
+
+
+ADAM_MOMENTS = (Moment("m", "exp_avg"), Moment("v", "exp_avg_sq", signed=False))
+
+
 class _Adam(QuantizedOptimizer):
-    _moments: ClassVar = (Moment("m", "exp_avg"), Moment("v", "exp_avg_sq", signed=False))
+    _moments: ClassVar = ADAM_MOMENTS
     _shared_options: ClassVar = ("lr", "betas", "eps", "weight_decay")
     _fixed_options: ClassVar = {"amsgrad": False, "maximize": False}
     _decoupled: ClassVar[bool] = True
@@ -44,22 +74,7 @@ class _Adam(QuantizedOptimizer):
         check_betas(self, group, 2)
 
     def _update(self, launch: Launch, group: State, lr: Tensor, scales: dict[str, Tensor | None]) -> None:
-        beta1, beta2 = group["betas"]
-        adam_q_(
-            launch.params,
-            launch.grads,
-            *launch.lists,
-            launch.master,
-            launch.step,
-            lr,
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decoupled=self._decoupled,
-            **self._call_options(launch, group),
-            **scales,
-        )
+        adam_step(self, launch, group, lr, scales, self._decoupled)
 
     def _group_from_others(self, saved: State) -> State:
         return {**super()._group_from_others(saved), "betas": tuple(saved["betas"][:2])}

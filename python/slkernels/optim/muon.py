@@ -12,7 +12,7 @@ from torch import Tensor
 from ._dtensor import is_dtensor, like
 from ._quantized import Launch, Options, QuantizedOptimizer
 from ._state import Moment, State
-from .adam import _Adam, check_betas
+from .adam import ADAM_MOMENTS, adam_step, check_betas
 from .ops import momentum_q_
 
 if TYPE_CHECKING:
@@ -119,19 +119,16 @@ class Muon8bit(QuantizedOptimizer):
             self._require(group, stochastic_rounding=not group["stochastic_rounding"])
 
     def _moments_of(self, group: State) -> tuple[Moment, ...]:
-        return self._moments if group["use_muon"] else _Adam._moments
+        return self._moments if group["use_muon"] else ADAM_MOMENTS
 
     def _new_state(self, group: State, p: Tensor) -> State:
         if group["use_muon"] and p.dim() < 2:
             raise ValueError(f"Muon8bit is for matrices, got {list(p.shape)}; put it in a group with use_muon=False")
         return super()._new_state(group, p)
 
-    _decoupled = True
-    _adamw = _Adam._update
-
     def _update(self, launch: Launch, group: State, lr: Tensor, scales: dict[str, Tensor | None]) -> None:
         if not group["use_muon"]:
-            return self._adamw(launch, group, lr, scales)
+            return adam_step(self, launch, group, lr, scales)
         grads = launch.grads
         # The op adds lr times its direction to a parameter; here to zeros, with lr = -1.
         directions = [torch.zeros_like(g, memory_format=torch.contiguous_format) for g in grads]
