@@ -1,10 +1,7 @@
 """Optimizers with quantized state, :func:`per_layer`, and the ops below them."""
 
-<<<<<<< HEAD
 from ._low_rank import low_rank_groups
-=======
 from ._quantized import Options, QuantizedOptimizer
->>>>>>> optimizers
 from .adam import Adam8bit, AdamW4bit, AdamW8bit, AdamWFp8
 from .ademamix import AdEMAMix8bit
 from .apollo import APOLLOAdamW, APOLLOMiniAdamW
@@ -31,11 +28,8 @@ __all__ = [
     "Muon8bit",
     "Options",
     "PerLayerOptimizer",
-<<<<<<< HEAD
     "QGaLoreAdamW8bit",
-=======
     "QuantizedOptimizer",
->>>>>>> optimizers
     "SGD8bit",
     "adam_q_",
     "adam_q_dir_",
