@@ -428,7 +428,7 @@ def test_list_names_every_family(capsys):
     assert (
         {line.split()[0] for line in lines}
         == set(families())
-        == {"galore", "lowrank", "model", "optim", "sl", "sparse"}
+        == {"galore", "lowrank", "model", "optim", "project", "sl", "sparse"}
     )
 
 

@@ -12,6 +12,7 @@ import slkernels
 
 TESTS = Path(__file__).parent
 FILES = ["test_sparse.py", "test_sparse_compose.py", "test_lowrank.py", "test_sl.py"]
+FILES += ["test_project.py", "test_project_random.py", "test_project_quant.py"]
 
 
 def run(isa: str, *command: str) -> subprocess.CompletedProcess:

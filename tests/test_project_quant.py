@@ -139,7 +139,12 @@ def test_stochastic_rounding_is_unbiased(bits: int) -> None:
         codes = slkernels.quantize_group(w, bits, 256, 1, rng(1, step))
         total += slkernels.dequantize_group(*codes, bits=bits)
     step_size = codes[1].repeat_interleave(256, -1)
-    assert ((total / 200 - w).abs() <= 5 * step_size / 2 / 200**0.5 + 1e-6).all()
+    groups = w.view(4, 2, 256)
+    reach = codes[1][..., None]
+    inner = (groups > groups.amin(-1, keepdim=True) + reach) & (groups < groups.amax(-1, keepdim=True) - reach)
+    # zero is an integer: one end of the range may lie up to half a step beyond the last code
+    error = (total / 200 - w).abs() - 0.5001 * step_size * ~inner.view_as(w)
+    assert (error <= 5 * step_size / 2 / 200**0.5 + 1e-6).all()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -268,7 +273,7 @@ def test_numeric_back_add_q_is_its_definition(shape, dtype: torch.dtype, mode: i
 
 def test_small_steps_of_quantized_weights_count_on_average() -> None:
     """Steps of a sixteenth of the quantization step: nearest rounding stands still."""
-    w = torch.linspace(-1, 1, 256).repeat(64, 1)
+    w = (torch.arange(256) - 128).repeat(64, 1) / 16.0  # on the grid
     nearest, random = slkernels.quantize_group(w), slkernels.quantize_group(w)
     start = slkernels.dequantize_group(*random)
     N, right = torch.ones(64, 1), torch.ones(1, 256)
@@ -348,9 +353,8 @@ def test_numeric_linear(name: str, dtype: torch.dtype, device: torch.device) -> 
         error = (got[key].double() - w).abs()
         accumulate = 0 if dtype == torch.float64 else 2 * (2 + terms**0.5) * 2.0**-24
         bound = 1.01 * ulp * w.abs() + (accumulate + (1.01 + 16 * (dtype == torch.float64)) * ulp) * size[key]
-        assert (error <= bound + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps).all(), (
-            f"{key}: {float((error / bound).max())}"
-        )
+        bound += torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        assert (error <= bound).all(), f"{key}: {float((error / bound).max())}"
         if error.numel() and dtype != torch.float64:
             torch_error = (in_torch[key].double() - w).abs().max()
             assert error.max() <= 2 * torch_error + ulp * w.abs().max() + 2.0**-24 * size[key].max(), key

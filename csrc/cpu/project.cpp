@@ -25,7 +25,7 @@ void update(DType type, void* w, int64_t m, const UpdateOperands& operands, cons
         T* p = static_cast<T*>(w) + first;
         each_vector(n, [&](int64_t i, auto count) { store(acc + i, decay * read(p + i, count)); });
         add_terms(operands, scalars.step, row, column, n, acc);
-        store_rounded(acc, n, rounding.on ? random_halves(rounding.bits, first, n, room) : nullptr, p);
+        store_rounded(acc, n, rounding.on ? random_halves(rounding, first, n, room) : nullptr, p);
       }
   });
 }

@@ -81,7 +81,7 @@ inline void encode_group(const float* x, int64_t n, int bits, const uint16_t* ra
       const V down = floor(y), chance = to_float((VI)load_halves(random + i)) * broadcast(0x1p-16f);
       rounded = down - to_float((VI)(y - down > chance));
     } else {
-      rounded = round_even(y);
+      rounded = nearest_integer(y);
     }
     const VI code = __builtin_convertvector(rounded, VI) + splat(offset);
     write_codes(codes + i, min(max(code, splat(0)), splat((1 << bits) - 1)), count);
@@ -110,7 +110,7 @@ void quantize(DType type, const void* w, const GroupCodes& q, const StochasticRo
     each_group(q, rows, [&](int64_t row, int64_t g, int64_t column, int64_t n) {
       const int64_t first = row * q.m + column, slot = row * q.groups() + g;
       each_vector(n, [&](int64_t i, auto count) { store(x + i, read(static_cast<const T*>(w) + first + i, count)); });
-      const uint16_t* random = rounding.on ? random_halves(rounding.bits, first, n, room) : nullptr;
+      const uint16_t* random = rounding.on ? random_halves(rounding, first, n, room) : nullptr;
       if (q.bits == 8) {
         encode_group(x, n, 8, random, q.codes + first, q.scale + slot, q.zero + slot);
       } else {
@@ -160,7 +160,7 @@ void update(const GroupCodes& q, const UpdateOperands& operands, const UpdateSca
     });
     for (int64_t i = n; i % kLanes; ++i) x[i] = 0;  // beyond the row: zero codes stand for -zero there
     add_terms(operands, scalars.step, row, column, n, x);
-    const uint16_t* random = rounding.on ? random_halves(rounding.bits, first, n, room) : nullptr;
+    const uint16_t* random = rounding.on ? random_halves(rounding, first, n, room) : nullptr;
     encode_group(x, n, 8, random, codes, q.scale + slot, q.zero + slot);
   });
 }

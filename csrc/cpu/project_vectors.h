@@ -50,7 +50,7 @@ constexpr int64_t random_room(int64_t n) {
 }
 
 // The 16 bits of elements first .. first + n - 1 of tensor 0, in `room` (64-byte aligned); returns where they begin.
-inline const uint16_t* random_halves(const RoundingBits& bits, int64_t first, int64_t n, uint16_t* room) {
+inline const uint16_t* random_halves(const StochasticRounding& bits, int64_t first, int64_t n, uint16_t* room) {
   constexpr int kPerDraw = RoundingBits::kElements;
   const int64_t group = first / kPerDraw, groups = ceil_div(first + n, kPerDraw) - group;
   for (int64_t g = 0; g < groups; g += kLanes) {

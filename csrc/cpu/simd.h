@@ -437,7 +437,7 @@ SLK_INLINE void store_bytes(uint8_t* p, VI v) {
 }
 
 // a rounded to an integer: to nearest even, and down.
-SLK_INLINE V round_even(V a) {
+SLK_INLINE V nearest_integer(V a) {
 #if defined(__AVX512F__)
   return (V)_mm512_roundscale_ps((__m512)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__AVX2__)

@@ -3,8 +3,6 @@
 
 #include <algorithm>
 
-#include "torch/device.h"
-
 namespace slk {
 
 // ---- checks ---------------------------------------------------------------------------------------------------------
@@ -135,7 +133,7 @@ Tensor BackProjection::slice(int64_t first, int64_t rows) {
 StochasticRounding host_rounding(int64_t round_mode, const MaybeTensor& rng) {
   if (round_mode == 0) return {};
   const int64_t* words = rng->const_data_ptr<int64_t>();
-  return {true, {uint64_t(words[0]), uint32_t(words[1])}};
+  return {true, uint64_t(words[0]), uint32_t(words[1])};
 }
 
 UpdateScalars host_scalars(const UpdateOptions& o) {
@@ -145,6 +143,17 @@ UpdateScalars host_scalars(const UpdateOptions& o) {
 bool is_skipped(const UpdateOptions& o) {
   return o.found_inf && *o.found_inf->const_data_ptr<float>() != 0;
 }
+
+#ifdef SLKERNELS_WITH_CUDA
+cuda::DeviceRounding device_rounding(int64_t round_mode, const MaybeTensor& rng) {
+  return {round_mode == 0 ? nullptr : rng->const_data_ptr<int64_t>()};
+}
+
+cuda::DeviceUpdate device_update(const UpdateOptions& o) {
+  return {o.lr.const_data_ptr<float>(), o.found_inf ? o.found_inf->const_data_ptr<float>() : nullptr, float(o.alpha),
+          float(o.weight_decay), device_rounding(o.round_mode, o.rng)};
+}
+#endif
 
 int64_t grain_rows(int64_t m) {
   constexpr int64_t kGrainElements = 16384;
@@ -224,6 +233,36 @@ void project_back_add_(const Tensor& W, const Tensor& N, const Tensor& lr, Maybe
   });
 }
 
+#ifdef SLKERNELS_WITH_CUDA
+
+// Without decay, rounding to nearest: W + left (-lr alpha N) right in the dense library's epilogue, 4 bytes an element
+// of a bf16 W. lr stays on the device, so it is folded into N; a float16 N would underflow. All else goes by slices:
+// the product is written to L2 and read back by the update.
+void project_back_add_cuda(const Tensor& W, const Tensor& N, const Tensor& lr, MaybeTensor left, MaybeTensor right,
+                           double alpha, double weight_decay, MaybeTensor found_inf, int64_t round_mode,
+                           MaybeTensor rng) {
+  const UpdateOptions options = {lr, alpha, weight_decay, found_inf, round_mode, rng};
+  BackProjection product = back_add_product(W, N, left, right, options);
+  if (W.numel() == 0) return;
+  const DeviceScope scope(W);
+  const cudaStream_t stream = current_stream(kBackAdd, W.get_device_index());
+  const cuda::DeviceUpdate update = device_update(options);
+  const DType type = float_type(kBackAdd, "W", W);
+  if (weight_decay == 0 && round_mode == 0 && !found_inf && N.scalar_type() == W.scalar_type() && type != DType::f16) {
+    const Tensor from = as_contiguous(N), folded = empty_like_shape(N, shape_of(N));
+    check_cuda(kBackAdd,
+               cuda::launch_fold(type, from.const_data_ptr(), from.numel(), update, folded.mutable_data_ptr(), stream));
+    BackProjection(kBackAdd, folded, left, right, W.size(0), W.size(1)).add_to(W, 1, 1);
+    return;
+  }
+  void* w = W.mutable_data_ptr();
+  for_slices(product, W.size(0), [&](const UpdateOperands& operands, int64_t first, int64_t rows) {
+    check_cuda(kBackAdd, cuda::launch_update(type, w, W.size(1), {first, first + rows}, operands, update, stream));
+  });
+}
+
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(slkernels, CPU, m) {
@@ -231,5 +270,12 @@ STABLE_TORCH_LIBRARY_IMPL(slkernels, CPU, m) {
   m.impl("project_back", TORCH_BOX(&project_back));
   m.impl("project_back_add_", TORCH_BOX(&project_back_add_));
 }
+#ifdef SLKERNELS_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(slkernels, CUDA, m) {
+  m.impl("project", TORCH_BOX(&project));
+  m.impl("project_back", TORCH_BOX(&project_back));
+  m.impl("project_back_add_", TORCH_BOX(&project_back_add_cuda));
+}
+#endif
 
 }  // namespace slk

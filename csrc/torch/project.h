@@ -4,7 +4,10 @@
 #include <algorithm>
 
 #include "slkernels/project.h"
-#include "torch/tensor.h"
+#include "torch/device.h"
+#ifdef SLKERNELS_WITH_CUDA
+#include "slkernels/project_cuda.h"
+#endif
 
 namespace slk {
 
@@ -65,6 +68,11 @@ void check_update(const char* op, const Tensor& like, const UpdateOptions& optio
 StochasticRounding host_rounding(int64_t round_mode, const MaybeTensor& rng);
 UpdateScalars host_scalars(const UpdateOptions& options);
 bool is_skipped(const UpdateOptions& options);
+
+#ifdef SLKERNELS_WITH_CUDA
+cuda::DeviceRounding device_rounding(int64_t round_mode, const MaybeTensor& rng);
+cuda::DeviceUpdate device_update(const UpdateOptions& options);
+#endif
 
 // Rows of m elements that are worth another thread.
 int64_t grain_rows(int64_t m);

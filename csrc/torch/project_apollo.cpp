@@ -1,7 +1,6 @@
 // apollo_scale_update_ at the torch boundary. Two passes over G: the sums of squares of its channels, and the update.
 #include <cmath>
 
-#include "torch/device.h"
 #include "torch/project.h"
 
 namespace slk {
@@ -125,10 +124,63 @@ void apollo_cpu(const Tensor& W, const Tensor& G, const Tensor& N, const Tensor&
   for_slices(product, c.n, update, operands);
 }
 
+// ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+#ifdef SLKERNELS_WITH_CUDA
+
+Tensor squares_cuda(const Call& c, const Tensor& x, cudaStream_t stream) {
+  const Tensor sums = empty_like_shape(x, {c.channels}, ScalarType::Float);
+  const DType type = dtype_of(kOp, "G", x);
+  float* out = sums.mutable_data_ptr<float>();
+  if (c.side == Side::right) {
+    check_cuda(kOp, cuda::launch_row_squares(type, x.const_data_ptr(), x.stride(0), x.size(0), x.size(1), out, stream));
+    return sums;
+  }
+  const Tensor partial = empty_like_shape(x, {ceil_div(x.size(0), cuda::kSquareRows), c.channels}, ScalarType::Float);
+  check_cuda(kOp, cuda::launch_column_squares(type, x.const_data_ptr(), x.stride(0), x.size(0), x.size(1),
+                                              partial.mutable_data_ptr<float>(), out, stream));
+  return sums;
+}
+
+void apollo_cuda(const Tensor& W, const Tensor& G, const Tensor& N, const Tensor& R, const Tensor& norm,
+                 const Tensor& lr, std::string side, std::string kind, double alpha, double limiter,
+                 double weight_decay, MaybeTensor left, MaybeTensor right, MaybeTensor found_inf, int64_t round_mode,
+                 MaybeTensor rng) {
+  const UpdateOptions options = {lr, alpha, weight_decay, found_inf, round_mode, rng};
+  const Call c = check_call(W, G, N, R, norm, side, kind, left, right, options);
+  if (W.numel() == 0) return;
+  const DeviceScope scope(W);
+  const cudaStream_t stream = current_stream(kOp, W.get_device_index());
+  const cuda::DeviceUpdate update = device_update(options);
+  const Tensor squares[3] = {squares_cuda(c, c.N, stream), squares_cuda(c, c.R, stream), squares_cuda(c, c.G, stream)};
+  const Tensor factor = empty_like_shape(squares[0], {c.per_tensor ? 1 : c.channels});
+  check_cuda(kOp, cuda::launch_apollo_factors(
+                      {squares[0].const_data_ptr<float>(), squares[1].const_data_ptr<float>(),
+                       squares[2].const_data_ptr<float>(), c.channels, c.per_tensor, c.residual, float(limiter)},
+                      update.found_inf, norm.mutable_data_ptr<float>(), factor.mutable_data_ptr<float>(), stream));
+
+  const DType type = float_type(kOp, "W", W);
+  void* w = W.mutable_data_ptr();
+  const auto apply = [&](const UpdateOperands& operands, int64_t first, int64_t rows) {
+    check_cuda(kOp, cuda::launch_update(type, w, c.m, {first, first + rows}, operands, update, stream));
+  };
+  const UpdateOperands operands = operands_of(c, factor);
+  if (!c.residual) return apply(operands, 0, c.n);
+  BackProjection product(kOp, less_scaled(c, factor), left, right, c.n, c.m);
+  for_slices(product, c.n, apply, operands);
+}
+
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(slkernels, CPU, m) {
   m.impl("apollo_scale_update_", TORCH_BOX(&apollo_cpu));
 }
+#ifdef SLKERNELS_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(slkernels, CUDA, m) {
+  m.impl("apollo_scale_update_", TORCH_BOX(&apollo_cuda));
+}
+#endif
 
 }  // namespace slk

@@ -4,7 +4,6 @@
 
 #include "slkernels/lowrank.h"
 #include "slkernels/random_normal.cuh"
-#include "torch/device.h"
 #include "torch/project.h"
 
 namespace slk {
@@ -99,15 +98,8 @@ Tensor rand_project(const Tensor& G, const Tensor& seed, int64_t rank, std::stri
   const DeviceScope scope(G);
   const Tensor R = empty_like_shape(G, side == Side::left ? Shape{rank, m} : Shape{n, rank});
   if (R.numel() == 0) return R;
-  if (rank <= cpu::kFewRows && G.scalar_type() != ScalarType::Double && size > 0) {
-    const Tensor rows = with_unit_columns(G);
-#ifdef SLKERNELS_WITH_CUDA
-    if (is_cuda(G)) {
-      rand_project_few_cuda(rows, seed, rank, side, R);
-      return R;
-    }
-#endif
-    few_rows_cpu(normals(op, seed, rank, {0, rank}, {0, size}, G.scalar_type()), rows, side, R);
+  if (rank <= cpu::kFewRows && G.scalar_type() != ScalarType::Double && size > 0 && !is_cuda(G)) {
+    few_rows_cpu(normals(op, seed, rank, {0, rank}, {0, size}, G.scalar_type()), with_unit_columns(G), side, R);
     return R;
   }
   const int64_t panel = panel_width(size);
@@ -159,5 +151,12 @@ STABLE_TORCH_LIBRARY_IMPL(slkernels, CPU, m) {
   m.impl("rand_project", TORCH_BOX(&rand_project));
   m.impl("rand_project_back", TORCH_BOX(&rand_project_back));
 }
+#ifdef SLKERNELS_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(slkernels, CUDA, m) {
+  m.impl("rand_matrix", TORCH_BOX(&rand_matrix));
+  m.impl("rand_project", TORCH_BOX(&rand_project));
+  m.impl("rand_project_back", TORCH_BOX(&rand_project_back));
+}
+#endif
 
 }  // namespace slk

@@ -3,15 +3,15 @@
 // X [a, b] is G or its transpose, such that its left vectors are asked for. With l = rank + oversample test vectors:
 //     Y = X Omega;   iters times: Y = X orth(X^T orth(Y));   Q R = Y;   U = the first columns of Q eigenvectors(R R^T)
 //
-// orth is Cholesky-QR with a Gram matrix in fp64: L L^T = Y^T Y, Y L^-T, orthonormal to eps32 cond(Y), which is enough
-// between products. The last basis takes two passes (CholeskyQR2: Yamamoto, Nakatsukasa, Yanagisawa, Fukaya, "Roundoff
-// error analysis of the CholeskyQR2 algorithm", ETNA 2015), after noise of relative size kNoise has given Y full rank:
-// then cond(Y) <= 1 / kNoise, the smallest eigenvalue kNoise^2 of the Gram matrix is far above fp64's rounding, and the
-// result is orthonormal whatever the rank of G.
+// All bases come from Cholesky-QR, Y L^-T with L L^T = Y^T Y + shift. Between products the shift is above fp32's
+// rounding: no factorization fails, large directions become orthonormal, small ones keep a part of their length, which
+// is all that a power iteration needs. The last basis takes two passes (CholeskyQR2: Yamamoto, Nakatsukasa, Yanagisawa,
+// Fukaya, "Roundoff error analysis of the CholeskyQR2 algorithm", ETNA 2015), the first with an fp64 Gram matrix, after
+// noise of relative size kNoise has given Y full rank: then cond(Y) <= 1 / kNoise, the smallest eigenvalue kNoise^2 is
+// far above fp64's rounding, and the result is orthonormal whatever the rank of G.
 #include <algorithm>
 #include <cmath>
 
-#include "torch/device.h"
 #include "torch/project.h"
 
 namespace slk {
@@ -19,7 +19,7 @@ namespace {
 
 constexpr const char* kOp = "randomized_range";
 constexpr double kNoise = 1e-6;
-constexpr double kShift = 1e-14;  // added to a Gram matrix of trace 1
+constexpr double kShift32 = 4e-6, kShift64 = 1e-14;  // of the Gram matrix's trace
 // Beyond this part of all directions test vectors save nothing, and noise no longer has full rank to spare.
 constexpr double kNearlyAll = 0.75;
 
@@ -53,18 +53,28 @@ Tensor eigenvectors(const Tensor& c) {
   return aten("aten::flip", "", ascending, torch::headeronly::IntHeaderOnlyArrayRef(columns.data(), 1));
 }
 
-struct Factors {
-  Tensor Q, R;  // Q R = y, R upper triangular
-};
-
-Factors cholesky_qr(const Tensor& y, ScalarType precision) {
+// R upper triangular with y R^-1 orthonormal, from a Gram matrix of some precision; shift is a part of its trace.
+Tensor triangle(const Tensor& y, ScalarType precision, double shift) {
   const Tensor wide = precision == y.scalar_type() ? y : converted(y, precision);
-  const Tensor ones = torch::stable::fill_(empty_like_shape(wide, {y.size(1)}), 1);
-  const Tensor gram = aten("aten::diag_embed", "", ones, int64_t(0), int64_t(0), int64_t(1));
-  dense_out(gram, gram, t2(wide), wide, precision == ScalarType::Double ? kShift : 0, 1);
+  Tensor gram = dense(t2(wide), wide);
+  if (shift > 0) {
+    const Tensor trace = aten("aten::trace", "", gram);
+    const Tensor floor = torch::stable::fill_(empty_like_shape(trace, {y.size(1)}), 1e-30);
+    const Tensor size = aten("aten::maximum", "", floor, trace);
+    gram =
+        torch::stable::subtract(gram, aten("aten::diag_embed", "", size, int64_t(0), int64_t(0), int64_t(1)), -shift);
+  }
   const Tensor lower = one_of_two(0, "aten::linalg_cholesky_ex", gram, false, false);
-  const Tensor upper = t2(converted(lower, y.scalar_type()));
-  return {aten("aten::linalg_solve_triangular", "", upper, y, true, false, false), upper};
+  return t2(lower.scalar_type() == y.scalar_type() ? lower : converted(lower, y.scalar_type()));
+}
+
+// a^-1 b or b a^-1 of an upper triangular a.
+Tensor solved(const Tensor& a, const Tensor& b, bool from_left) {
+  return aten("aten::linalg_solve_triangular", "", a, b, true, from_left, false);
+}
+
+Tensor orth(const Tensor& y) {
+  return as_contiguous(solved(triangle(y, ScalarType::Float, kShift32), y, false));
 }
 
 Tensor with_unit_norm(const Tensor& y) {
@@ -74,8 +84,27 @@ Tensor with_unit_norm(const Tensor& y) {
   return divided(y, aten("aten::sqrt", "", squares));
 }
 
-Tensor orth(const Tensor& y) {
-  return cholesky_qr(with_unit_norm(y), ScalarType::Double).Q;
+// Whether bfloat16 products are several times as fast as fp32 ones here.
+bool has_fast_bf16(const Tensor& t) {
+#if defined(__x86_64__)
+  return is_cuda(t) || __builtin_cpu_supports("avx512bf16");
+#else
+  return is_cuda(t);
+#endif
+}
+
+// An orthonormal basis [b, l] near the leading right singular vectors of X: random vectors after `iters` rounds of
+// X^T orth(X .), whose products need not be exact: a relative error of 2^-9 moves directions that hold 1e-6 of |X|^2.
+Tensor right_basis(const Tensor& X, int64_t l, int64_t iters, const Tensor& seed) {
+  const ScalarType type = has_fast_bf16(X) ? ScalarType::BFloat16 : ScalarType::Float;
+  const Tensor rough = type == ScalarType::Float ? X : converted(X, type);
+  const auto product = [&](const Tensor& a, const Tensor& b) {
+    const Tensor c = dense(a, b.scalar_type() == type ? b : converted(b, type));
+    return type == ScalarType::Float ? c : converted(c, ScalarType::Float);
+  };
+  Tensor basis = t2(normals(kOp, seed, 1, {0, l}, {0, X.size(1)}, type));
+  for (int64_t i = 0; i < iters; ++i) basis = orth(product(t2(rough), orth(product(rough, basis))));
+  return basis.scalar_type() == ScalarType::Float ? basis : converted(basis, ScalarType::Float);
 }
 
 // The leading left singular vectors of X, [a, rank].
@@ -87,19 +116,14 @@ Tensor left_vectors(const Tensor& X, int64_t rank, int64_t oversample, int64_t i
     const Tensor U = eigenvectors(dense(X, t2(X)));
     return torch::stable::narrow(const_cast<Tensor&>(U), 1, 0, rank);
   }
-  Tensor Y = X;
-  if (l < shorter) {
-    Y = dense(X, t2(normals(kOp, seed, 1, {0, l}, {0, b}, ScalarType::Float)));
-    for (int64_t i = 0; i < iters; ++i) Y = dense(X, orth(dense(t2(X), orth(Y))));
-  }
-  const Tensor noise = t2(normals(kOp, seed, 1, {l, 2 * l}, {0, a}, ScalarType::Float));
+  const Tensor Y = l < shorter ? dense(X, right_basis(X, l, iters, seed)) : X;
+  const Tensor noise = as_contiguous(t2(normals(kOp, seed, 1, {l, 2 * l}, {0, a}, ScalarType::Float)));
   const double smallest = std::sqrt(double(a)) - std::sqrt(double(l));  // singular value of the noise
-  const Factors first =
-      cholesky_qr(torch::stable::subtract(with_unit_norm(Y), noise, -kNoise / smallest), ScalarType::Double);
-  const Factors second = cholesky_qr(first.Q, ScalarType::Float);
-  const Tensor R = dense(second.R, first.R);
+  const Tensor full = torch::stable::subtract(with_unit_norm(Y), noise, -kNoise / smallest);
+  const Tensor R1 = triangle(full, ScalarType::Double, kShift64), Q = as_contiguous(solved(R1, full, false));
+  const Tensor R2 = triangle(Q, ScalarType::Float, 0), R = dense(R2, R1);
   Tensor V = eigenvectors(dense(R, t2(R)));
-  return dense(second.Q, torch::stable::narrow(V, 1, 0, rank));
+  return dense(Q, solved(R2, torch::stable::narrow(V, 1, 0, rank), true));
 }
 
 Tensor randomized_range(const Tensor& G, int64_t rank, const Tensor& seed, int64_t oversample, int64_t iters,
@@ -114,10 +138,12 @@ Tensor randomized_range(const Tensor& G, int64_t rank, const Tensor& seed, int64
   check(oversample >= 0 && iters >= 0, kOp, "oversample and iters must not be negative, got ", oversample, " and ",
         iters);
   const DeviceScope scope(G);
-  const std::vector<int64_t> dims = {0, 1};
-  const Tensor wide = converted(aten("aten::detach", "", G), ScalarType::Float);
-  const Tensor largest =
-      torch::stable::amax(aten("aten::abs", "", wide), torch::headeronly::IntHeaderOnlyArrayRef(dims.data(), 2), true);
+  const Tensor detached = aten("aten::detach", "", G);
+  const Tensor wide = G.scalar_type() == ScalarType::Float ? detached : converted(detached, ScalarType::Float);
+  const std::vector<int64_t> both = {0, 1};
+  const torch::headeronly::IntHeaderOnlyArrayRef dims(both.data(), 2);
+  const Tensor lowest = aten("aten::neg", "", aten("aten::amin", "", wide, dims, true));
+  const Tensor largest = aten("aten::maximum", "", torch::stable::amax(wide, dims, true), lowest);
   const Tensor X = divided(wide, largest);  // no square of it over- or underflows
   const Tensor U = left_vectors(side == Side::left ? X : t2(X), rank, oversample, iters, seed);
   const Tensor poison = torch::stable::subtract(largest, largest);  // 0, or NaN where G is not finite

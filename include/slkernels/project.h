@@ -34,7 +34,8 @@ struct UpdateOperands {
 
 struct StochasticRounding {
   bool on;
-  RoundingBits bits;
+  uint64_t seed;
+  uint32_t step;
 };
 
 // What an update's scalars become, on every device.

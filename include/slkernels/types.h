@@ -34,7 +34,7 @@ struct Csr {
 // Half-open range of work.
 struct Range {
   int64_t begin, end;
-  int64_t size() const { return end - begin; }
+  SLK_HD constexpr int64_t size() const { return end - begin; }
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) {

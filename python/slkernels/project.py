@@ -364,7 +364,7 @@ def rand_matrix(
 def rand_project(G: Tensor, seed: int | Tensor, rank: int, side: str = "auto") -> Tensor:
     """R = G P^T (side right) or P^T G (left) with P = ``rand_matrix(seed, rank, ...)`` (left: its transpose).
 
-    P is a function of the seed and never stored: it is made where it is used, at most 256 rows of it at a time. Up to 8
+    P is a function of the seed and never stored: it is made where it is used, a million numbers at a time. Up to 8
     rows take one pass over G (rank 1 is APOLLO-Mini's seeded GEMV). APOLLO: arXiv 2412.05270; Flora: 2402.03293.
 
     Args:

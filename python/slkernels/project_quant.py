@@ -276,7 +276,8 @@ def w8a16_linear(
 ) -> Tensor:
     """y = x W^T + bias with an 8-bit W; backward dx = dy W, and dW = dy^T x for ``carrier``.
 
-    W is never stored whole: up to 16 tokens read the codes directly; more dequantize slices of W for the dense library.
+    W is never stored whole: a few tokens (8 on a CPU, 16 on a GPU) read the codes directly; for more,
+    slices of W are dequantized for the dense library.
 
     Args:
         x: [..., m], float32, bfloat16, float16 (float64 on a CPU); W is rounded to x's dtype in the dense products.
