@@ -93,12 +93,16 @@ class Llama(nn.Module):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What the head sees: [batch, sequence, hidden]."""
         x = self.embed(tokens)
         rotary = rotary_table(tokens.shape[1], self.config.hidden // self.config.heads, x)
         for layer in self.layers:
             x = layer(x, rotary)
-        return self.head(self.norm(x))
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.hidden(tokens))
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean cross-entropy, in nats a byte, of tokens [batch, sequence + 1], each predicted from those before it."""

@@ -2,6 +2,7 @@
 
     python -m slkernels.bench.pretrain                           # all three, tiny, about a minute on two cores
     python -m slkernels.bench.pretrain --method sltrain --config 60m --batch 8 --accumulate 1 --steps 200
+    python -m slkernels.bench.pretrain --method galore           # also qgalore, apollo, apollo-mini, fira
     python -m slkernels.bench.pretrain --resume                  # go on after Ctrl-C, with the same options
 
 Every method sees the same bytes in the same order for the same number of steps. Each runs in a process of its own when
@@ -24,6 +25,7 @@ from slkernels.bench import corpus, environment, pretrain_report
 from slkernels.bench.llama import CONFIGS
 from slkernels.bench.trainer import (
     INTERRUPTED,
+    LOW_RANK,
     METHODS,
     OPTIMIZERS,
     SUPPORTS,
@@ -47,14 +49,24 @@ def parser() -> argparse.ArgumentParser:
     d = Settings()
     p = argparse.ArgumentParser("slkernels.bench.pretrain", description=__doc__.partition("\n")[0])
     p.add_argument("--config", choices=CONFIGS, default=d.config, help="shapes (default: %(default)s)")
-    p.add_argument("--method", choices=(*METHODS, "all"), default="all", help="default: all, compared")
-    p.add_argument("--optimizer", choices=OPTIMIZERS, help="default: adamw8bit for sltrain, torch's fused adamw else")
-    p.add_argument("--per-layer", action="store_true", help="adamw8bit updates within backward and frees the gradients")
+    p.add_argument(
+        "--method",
+        choices=(*METHODS, *LOW_RANK, "all"),
+        default="all",
+        help=f"default: all, which compares {', '.join(METHODS)}",
+    )
+    p.add_argument("--optimizer", choices=OPTIMIZERS, help="default: adamw8bit for sltrain, else torch's fused adamw")
+    p.add_argument(
+        "--per-layer", action="store_true", help="update within backward and free the gradients (not with adamw)"
+    )
     p.add_argument("--rank", type=int, help="default: the config's")
     p.add_argument("--density", type=float, help="of S; default: the config's")
     p.add_argument("--support", choices=SUPPORTS, default=d.support, help="kind of S's support (default: %(default)s)")
     p.add_argument("--alpha", type=float, help="SLTrain's scale is alpha / rank; default: the config's")
-    p.add_argument("--lr", type=float, help="peak; default: 3e-3 for sltrain, 1e-3 else")
+    p.add_argument(
+        "--gap", type=int, help="steps between two subspaces; default: 200, or an eighth of the steps if less"
+    )
+    p.add_argument("--lr", type=float, help="peak; default: 3e-3 for sltrain, 1e-3 for dense and lowrank, 1e-2 else")
     length = p.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="default: the config's")
     length.add_argument("--seconds", type=float, help="as many steps as the methods together take in about this time")
@@ -75,20 +87,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settings_of(args: argparse.Namespace, method: str) -> Settings:
-    names = (
-        "config",
-        "optimizer",
-        "per_layer",
-        "rank",
-        "density",
-        "support",
-        "alpha",
-        "lr",
-        "steps",
-        "batch",
-        "sequence",
-    )
-    names += ("accumulate", "dtype", "device", "seed", "threads")
+    names = ("config", "optimizer", "per_layer", "rank", "density", "support", "alpha", "gap", "lr", "steps", "batch")
+    names += ("sequence", "accumulate", "dtype", "device", "seed", "threads")
     settings = Settings(method=method, **{name: getattr(args, name) for name in names})
     return (replace(settings, validations=0) if args.no_validation else settings).resolved()
 

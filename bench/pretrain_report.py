@@ -4,8 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-TITLES = {"dense": "dense", "lowrank": "low-rank", "sltrain": "SLTrain"}
-COLORS = {"dense": "#9a9a9a", "lowrank": "#d98c3f", "sltrain": "#1f6f8b"}
+TITLES = {
+    "dense": "dense",
+    "lowrank": "low-rank",
+    "sltrain": "SLTrain",
+    "galore": "GaLore",
+    "qgalore": "Q-GaLore",
+    "apollo": "APOLLO",
+    "apollo-mini": "APOLLO-Mini",
+    "fira": "Fira",
+}
+COLORS = {
+    "dense": "#9a9a9a",
+    "lowrank": "#d98c3f",
+    "sltrain": "#1f6f8b",
+    "galore": "#6a9f58",
+    "qgalore": "#a3505e",
+    "apollo": "#7a5ba8",
+    "apollo-mini": "#b59bd6",
+    "fira": "#222222",
+}
 
 
 def mebibytes(count: float) -> str:

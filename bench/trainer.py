@@ -15,12 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from slkernels import convert
+from slkernels import convert, optim
 from slkernels.bench.corpus import Corpus
 from slkernels.bench.llama import CONFIGS, Llama
 from torch import Tensor, nn
 
 METHODS = ("dense", "lowrank", "sltrain")
+LOW_RANK = ("galore", "qgalore", "apollo", "apollo-mini", "fira")  # a dense model (qgalore: in 8 bits), its optimizer
 OPTIMIZERS = ("adamw", "adamw8bit")
 SUPPORTS = ("uniform", "row", "block8", "column")
 INTERRUPTED = 130  # exit code of a process that SIGINT ended
@@ -32,8 +33,9 @@ class Settings:
 
     config: str = "tiny"
     method: str = "sltrain"
-    optimizer: str | None = None  # adamw8bit for sltrain, else adamw
-    per_layer: bool = False  # update in backward; for adamw8bit only
+    optimizer: str | None = None  # adamw8bit for sltrain, the method's own if it is one of LOW_RANK, else adamw
+    per_layer: bool = False  # update in backward; not for adamw
+    gap: int | None = None  # steps between two subspaces; default: 200, or an eighth of the steps if that is less
     rank: int | None = None
     density: float | None = None
     support: str = "uniform"  # kind of S's support: see slkernels.random_support
@@ -57,10 +59,14 @@ class Settings:
         filled = asdict(self)
         defaults = {name: getattr(config, name) for name in ("rank", "density", "alpha", "steps", "batch", "sequence")}
         defaults["accumulate"] = config.accumulate
-        defaults["optimizer"] = "adamw8bit" if self.method == "sltrain" else "adamw"
-        defaults["lr"] = {"dense": 1e-3, "lowrank": 1e-3, "sltrain": 3e-3}[self.method]
+        low_rank = self.method in LOW_RANK
+        defaults["optimizer"] = self.method if low_rank else "adamw8bit" if self.method == "sltrain" else "adamw"
+        defaults["lr"] = 1e-2 if low_rank else {"dense": 1e-3, "lowrank": 1e-3, "sltrain": 3e-3}[self.method]
         filled.update({name: value for name, value in defaults.items() if filled[name] is None})
-        filled["per_layer"] = self.per_layer and filled["optimizer"] == "adamw8bit"
+        if filled["optimizer"] not in ((self.method,) if low_rank else OPTIMIZERS):
+            raise ValueError(f"method {self.method} cannot be trained with {filled['optimizer']}")
+        filled["gap"] = self.gap or min(200, max(1, filled["steps"] // 8))
+        filled["per_layer"] = self.per_layer and filled["optimizer"] != "adamw"
         filled["threads"] = self.threads or torch.get_num_threads()
         return Settings(**filled)
 
@@ -78,6 +84,8 @@ def build_model(settings: Settings) -> nn.Module:
     elif settings.method == "sltrain":
         layer = {"kind": settings.support, "seed": settings.seed}
         convert.sltrain(model, settings.rank, settings.density, settings.alpha, **layer, verbose=False)
+    elif settings.method == "qgalore":
+        convert.int8(model, verbose=False)
     return model
 
 
@@ -85,16 +93,34 @@ def build_optimizer(model: nn.Module, settings: Settings):
     """An optimizer over model's parameters, no weight decay as in the papers' recipes."""
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
-    from slkernels.optim import AdamW8bit, per_layer
+    make = low_rank_optimizer(model, settings) if settings.optimizer in LOW_RANK else adamw8bit(settings)
+    if settings.per_layer:
+        return optim.per_layer(model, make, accumulation_steps=settings.accumulate)
+    return make(list(model.parameters()))
 
-    def make(parameters):
-        return AdamW8bit(parameters, lr=settings.lr, weight_decay=0.0)
 
-    return (
-        per_layer(model, make, accumulation_steps=settings.accumulate)
-        if settings.per_layer
-        else make(model.parameters())
-    )
+def adamw8bit(settings: Settings) -> Callable:
+    return lambda parameters: optim.AdamW8bit(parameters, lr=settings.lr, weight_decay=0.0)
+
+
+def low_rank_optimizer(model: nn.Module, settings: Settings) -> Callable:
+    """The optimizer of method ``settings.optimizer`` as a function of parameters of ``model``, with the rank of the
+    config (APOLLO-Mini: 1) for attention's and MLP's weights; moments in 8 bits for qgalore, else in float32."""
+    optimizers = {
+        "galore": optim.GaLoreAdamW,
+        "qgalore": optim.QGaLoreAdamW8bit,
+        "apollo": optim.APOLLOAdamW,
+        "apollo-mini": optim.APOLLOMiniAdamW,
+        "fira": optim.Fira,
+    }
+    rank = 1 if settings.optimizer == "apollo-mini" else settings.rank
+
+    def make(parameters: list[nn.Parameter]):
+        groups = optim.low_rank_groups(model, rank, params=parameters)
+        options = {"update_proj_gap": settings.gap, "seed": settings.seed, "weight_decay": 0.0}
+        return optimizers[settings.optimizer](groups, lr=settings.lr, **options)
+
+    return make
 
 
 def learning_rate(settings: Settings, step: int) -> float:

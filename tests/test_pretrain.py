@@ -144,6 +144,9 @@ RUNS = {
     "sltrain": {"method": "sltrain"},
     "sltrain-bf16": {"method": "sltrain", "dtype": "bfloat16"},
     "sltrain-per-layer": {"method": "sltrain", "per_layer": True, "accumulate": 2},
+    "galore": {"method": "galore", "gap": 2},
+    "qgalore-bf16": {"method": "qgalore", "gap": 2, "dtype": "bfloat16"},
+    "apollo-per-layer": {"method": "apollo", "gap": 2, "per_layer": True, "accumulate": 2},
 }
 
 
@@ -183,7 +186,9 @@ def test_a_checkpoint_of_other_settings_does_not_continue(corpus, tmp_path):
         Run(settings, replace(corpus, sha256="other"), tmp_path).restore()
 
 
-@pytest.mark.parametrize("method", ["dense", "lowrank", "sltrain"])
+@pytest.mark.parametrize(
+    "method", ["dense", "lowrank", "sltrain", "galore", "qgalore", "apollo", "apollo-mini", "fira"]
+)
 def test_the_validation_loss_falls(method, corpus, tmp_path):
     run = Run(Settings(**(SMALL | {"method": method, "steps": 12})).resolved(), corpus, tmp_path)
     run.train()

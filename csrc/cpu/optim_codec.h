@@ -178,7 +178,7 @@ template <Codec kCodec>
 SLK_INLINE VI Encoder<kCodec>::operator()(V x, uint16_t&) const {
   if constexpr (kCodec == Codec::cmp8) {
     const V k = broadcast(codec::kCompand);
-    return round_even(x / fma(abs(x), k, largest * k));
+    return round_to_int(x / fma(abs(x), k, largest * k));
   } else if constexpr (kCodec == Codec::dyn4) {
     const V y = abs(x) * inverse;
     const VI quarter = (VI)((VU)(y + broadcast(0x1p-7f)) >> 21);
@@ -186,7 +186,7 @@ SLK_INLINE VI Encoder<kCodec>::operator()(V x, uint16_t&) const {
     const VI t = count_gt(below, y, lookup(load_table(kDyn4.midpoint), quarter));
     return max(step_by_sign(7, t, x), VI{});  // there is no -1
   } else if constexpr (kCodec == Codec::lin4u) {
-    return max(round_even(x * inverse), VI{} + 1) - 1;
+    return max(round_to_int(x * inverse), VI{} + 1) - 1;
   } else if constexpr (kCodec == Codec::fp8 || kCodec == Codec::fp8u) {
     const V a = abs(x * inverse);
     const VI u = (VI)a, normal = (VI)((VU)(u + 0x7ffff + (u >> 20 & 1)) >> 20) - (120 << 3);
@@ -195,7 +195,7 @@ SLK_INLINE VI Encoder<kCodec>::operator()(V x, uint16_t&) const {
     if constexpr (kCodec == Codec::fp8u) return at_least_one(t, x);
     return t | (VI)((VU)x >> 24 & 128u);
   } else {
-    const VI q = round_even(x * inverse);
+    const VI q = round_to_int(x * inverse);
     return kCodec == Codec::lin8 ? q : at_least_one(q, x);
   }
 }

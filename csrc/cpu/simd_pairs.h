@@ -197,7 +197,7 @@ SLK_INLINE void multiply_wide(VU a, uint32_t b, VU& high, VU& low) {
 }
 
 // rint, to nearest even.
-SLK_INLINE VI round_even(V a) {
+SLK_INLINE VI round_to_int(V a) {
 #if defined(__AVX512F__)
   return (VI)_mm512_cvtps_epi32((__m512)a);
 #elif defined(__AVX2__)

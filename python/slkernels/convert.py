@@ -1,4 +1,4 @@
-"""Swap the linear layers of any model: into SLTrain's, into low-rank ones, and back into ``nn.Linear``."""
+"""Swap the linear layers of any model: into SLTrain's, low-rank or 8-bit ones, and back into ``nn.Linear``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .nn import LowRankLinear, SLLinear, exclude_indices_from_ddp
+from .nn import Int8Linear, LowRankLinear, SLLinear, exclude_indices_from_ddp
 from .nn.sl_linear import draw_seed
+
+_LAYERS = (SLLinear, LowRankLinear, Int8Linear)
 
 
 @dataclass
@@ -114,7 +116,7 @@ def _swap(
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not name or not any(target in name for target in targets):
             continue
-        if isinstance(module, (SLLinear, LowRankLinear)):
+        if isinstance(module, _LAYERS):
             report.swaps.append(Swap(name, (module.out_features, module.in_features), "kept: already converted"))
             continue
         if not isinstance(module, nn.Linear):
@@ -213,15 +215,36 @@ def lowrank(
     return _finish(model, report, verbose, return_report)
 
 
+def int8(
+    model: nn.Module,
+    group: int = 256,
+    targets: Iterable[str] = ("attn", "mlp"),
+    *,
+    verbose: bool = True,
+    return_report: bool = False,
+):
+    """Swap the linears of ``model``, in place, for :class:`slkernels.nn.Int8Linear`: weights in 8 bits, which
+    :class:`slkernels.optim.QGaLoreAdamW8bit` trains (Q-GaLore, arXiv 2407.08296). The rest is as in :func:`sltrain`.
+    """
+    report = _swap(
+        model,
+        targets,
+        lambda name, linear: Int8Linear.from_linear(linear, group),
+        lambda new: f"Int8Linear group={group}",
+    )
+    return _finish(model, report, verbose, return_report)
+
+
 def dense(model: nn.Module) -> nn.Module:
-    """Swap every SLLinear and LowRankLinear of ``model``, in place, for the ``nn.Linear`` with the same W; returns it.
+    """Swap every SLLinear, LowRankLinear and Int8Linear of ``model``, in place, for the ``nn.Linear`` with the same W;
+    returns it.
 
     Raises:
         ValueError: a LowRankLinear with an activation, which is no single matrix.
     """
     made: dict[int, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if name and isinstance(module, (SLLinear, LowRankLinear)):
+        if name and isinstance(module, _LAYERS):
             parent, _, attribute = name.rpartition(".")
             new = made[id(module)] if id(module) in made else made.setdefault(id(module), module.to_dense())
             setattr(model.get_submodule(parent), attribute, new)
