@@ -60,7 +60,10 @@ struct Element<__half> {
 // A raw product q . k becomes a logit in base 2: logit = `to_log2` * transform(product). Without softcap the transform
 // is the identity, so that one multiplication serves scale, base and the maximum's shift together.
 struct Scores {
-  float to_log2;   // > 0
+  float to_log2;  // > 0
+  // Where neither a maximum is taken nor -inf stands for a dropped pair, a negative scale needs no transform:
+  // logit = signed_to_log2 * product.
+  float signed_to_log2;
   float exponent;  // softcap: transform(x) = tanh(x scale / softcap) = 1 - 2 / (1 + 2^(exponent x))
   bool negative;   // else: transform(x) = -x
   bool capped;
@@ -71,6 +74,7 @@ struct Scores {
     exponent = float(2 * 1.4426950408889634 * shape.scale / cap);
     negative = !capped && shape.scale < 0;
     to_log2 = kLog2e * float(capped ? cap : negative ? -shape.scale : shape.scale);
+    signed_to_log2 = negative ? -to_log2 : to_log2;
   }
   __host__ __device__ bool plain() const { return !capped && !negative; }
   // Its absolute error of 1e-7 is softcap * 1e-7 in the logit.

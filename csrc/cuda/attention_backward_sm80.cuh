@@ -141,10 +141,6 @@ __global__ void __launch_bounds__(kDeltaRows * 32) attention_delta_kernel(const 
   if (threadIdx.x % 32 == 0) static_cast<float*>(p.b.delta)[row] = sum - (dlse ? dlse[row] : 0.f);
 }
 
-__device__ inline float probability(float s, float lse_log2, const Scores& scores) {
-  return ptx::exp2_approx(s * scores.to_log2 - lse_log2);
-}
-
 // ---- dk, dv
 
 template <class T, class Tile>
@@ -215,8 +211,8 @@ __global__ void __launch_bounds__(kThreads) attention_dkdv_sm80_kernel(const __g
     const bool partial = now.partial;
     const EntryBits bits(m, partial ? p.b.cols.bit_id : nullptr, now.entry);
     const int lane = ptx::opaque(threadIdx.x % 32), row = ptx::opaque(threadIdx.x) / 32 * 16;
-    const int bit = task.first % int(m.block_n) + row +
-                    lane / 4;  // of the thread's first key, in the entry; the second is 8 further
+    // Of the thread's first key, in the entry; the second is 8 further.
+    const int bit = task.first % int(m.block_n) + row + lane / 4;
 #pragma unroll
     for (int n = 0; n < kQueries / 8; ++n)
 #pragma unroll
@@ -232,13 +228,13 @@ __global__ void __launch_bounds__(kThreads) attention_dkdv_sm80_kernel(const __g
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float &x = s[0][n][2 * i + e], &y = ds[0][n][2 * i + e];
-          float slope = 1;
-          if (!p.scores.plain()) {
+          y -= row_delta;
+          if (p.scores.capped) {
             x = p.scores.transform(x);
-            slope = p.scores.capped ? 1 - x * x : 1.f;
+            y *= 1 - x * x;
           }
-          x = keep & 1u << (8 * i) ? probability(x, lse_log2, p.scores) : 0.f;
-          y = x * (y - row_delta) * slope;
+          x = keep & 1u << (8 * i) ? ptx::exp2_approx(x * p.scores.signed_to_log2 - lse_log2) : 0.f;
+          y *= x;
         }
       }
     uint32_t operand[1][kQueries / 16][4];
@@ -340,7 +336,8 @@ __global__ void __launch_bounds__(kThreads) attention_dq_sm80_kernel(const __gri
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) ds[0][n][e] = raw[0][n][e] * probability(s[0][n][e], lse_log2[e / 2], p.scores);
+        for (int e = 0; e < 4; ++e)
+          ds[0][n][e] = raw[0][n][e] * ptx::exp2_approx(s[0][n][e] * p.scores.to_log2 - lse_log2[e / 2]);
       uint32_t operand[1][kKeys / 16][4];
       pack_a<T, 1, kKeys>(operand, ds);
       multiply_ab<T, 1, kKeys, kDk, kDk>(dq, operand, k_tile);

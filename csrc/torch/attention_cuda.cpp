@@ -32,7 +32,7 @@ HeadStrides aligned_strides(const Tensor& t) {
 Tensor empty_result(const Tensor& like, int64_t features) {
   return empty_in_order_of(like, round_up(features, 8));
 }
-Tensor as_result(const Tensor& written, const Tensor& like, int64_t features) {
+Tensor as_result(Tensor written, const Tensor& like, int64_t features) {
   if (written.size(3) == features) return written;
   Tensor result = empty_in_order_of(like, features);
   torch::stable::copy_(result, torch::stable::narrow(written, 3, 0, features));
