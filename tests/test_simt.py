@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -51,9 +52,12 @@ def programs() -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     configure = ["cmake", "-S", str(SOURCES), "-B", str(BUILD), "-G", "Ninja", "-DCMAKE_CXX_COMPILER=g++"]
-    for command in ([*configure, f"-DSIMT_CUDA_INCLUDE={include}"], ["cmake", "--build", str(BUILD)]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as lock:  # pytest-xdist's workers build it once, not at the same time
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in ([*configure, f"-DSIMT_CUDA_INCLUDE={include}"], ["cmake", "--build", str(BUILD)]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
     return BUILD
 
 
