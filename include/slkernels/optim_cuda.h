@@ -1,11 +1,12 @@
 // The CUDA launchers of family `optim`. Contracts: slkernels/optim.h; the same bits as the CPU kernels'.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include "slkernels/optim.h"
 #include "slkernels/philox.cuh"
 #include "slkernels/types.h"
+
+#if defined(SLKERNELS_WITH_CUDA) || defined(__CUDACC__)
+#include <cuda_runtime_api.h>
 
 namespace slk::cuda {
 
@@ -59,3 +60,4 @@ cudaError_t launch_grad_norm_sq(const NormTensor* tensors, int64_t count, double
 cudaError_t launch_clip_coef(const float* norm_sq, float max_norm, float* out, cudaStream_t);
 
 }  // namespace slk::cuda
+#endif
