@@ -60,7 +60,8 @@ struct StepOptions {  // host scalars of a call
   bool decoupled;
 };
 
-// x^t for a step t, by squaring: pow() is another function on every device. Its error is below t units in the last place.
+// x^t for a step t, by squaring: pow() is another function on every device. Its error is below t units in the last
+// place.
 SLK_HD inline double power(double x, float t) {
   double result = 1;
   for (uint64_t n = t > 0 ? uint64_t(t) : 0; n; n >>= 1, x = x * x)
