@@ -68,6 +68,6 @@ for isa in "${isas[@]}"; do
   SLKERNELS_CPU_ISA=$isa sanitized "$python" -S -m pytest -q -x -p no:cacheprovider \
     -k "$not_here" \
     tests/test_attention.py tests/test_attention_layout.py tests/test_attention_states.py \
-    tests/test_sparse*.py tests/test_lowrank.py tests/test_sl.py tests/test_optim*.py
+    tests/test_sparse*.py tests/test_lowrank.py tests/test_sl.py tests/test_optim*.py tests/test_project*.py
 done
 echo "run_sanitizers: no findings"
