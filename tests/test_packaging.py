@@ -186,12 +186,13 @@ def test_instruction_sets_do_not_mix(isa):
     if shutil.which("nm") is None:
         pytest.skip("nm (binutils) is not installed")
     trees = list((ROOT / "build").glob(f"*/CMakeFiles/slkernels_cpu_{isa}.dir/csrc/cpu"))
+    trees = [tree for tree in trees if "asan" not in tree.parts]  # sanitizers bring weak symbols of their own
     if not trees:
         pytest.skip("no build tree beside the tests")
     newest = max(trees, key=lambda tree: tree.stat().st_mtime)
     for file in newest.glob("*.o"):
         weak = re.findall(r"^\w+ [WVu] .*$", run_ok("nm", "--defined-only", "-C", file), re.MULTILINE)
-        shared = [line for line in weak if f"slk::cpu::{isa}::" not in line]
+        shared = [line for line in weak if f"::{isa}::" not in line]
         assert shared == [], f"{file.relative_to(ROOT)}: mark the functions that need these inline in namespace SLK_ISA"
 
 
