@@ -44,8 +44,8 @@ SIMT = ROOT / "tests" / "simt"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 OK, FAILED, ABSENT = "ok", "failed", "absent"
 
-# Seconds, imports of torch included. `wrappers` counts three times: little more than nine minutes at worst. How long a run
-# takes on an H100 has not been measured yet.
+# Seconds, imports of torch included. `wrappers` counts three times: little more than nine minutes at worst. How long a
+# run takes on an H100 has not been measured yet.
 LIMITS = {"import": 45, "compile": 75, "wrappers": 10, "tests": 140, "sanitizers": 110, "bench": 150}
 
 PROBE = """
