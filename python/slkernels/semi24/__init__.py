@@ -1,0 +1,4 @@
+"""Family ``semi24``: 2:4 sparse weights, of which two of every four along a row are kept.
+
+Formats and layouts: include/slkernels/semi24.h.
+"""
