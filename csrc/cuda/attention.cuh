@@ -135,6 +135,17 @@ struct TileRows {
     first = block * int(m.block_m) + ((row_tile % stripes.tiles_a_block) << shift);
     end = min(first + (1 << shift), int(s.sq));
   }
+  // Queries [first, end) of one head, in rows of the mask's block `block`; end - first <= 64.
+  __device__ TileRows(const AttentionShape& s, const BlockRows& m, int b_, int head_, int block_, int first_, int end_)
+      : b(b_),
+        head(head_),
+        heads(1),
+        kv_head(head_ / int(s.heads_q / s.heads_kv)),
+        mask_head(head_ / int(s.heads_q / m.heads)),
+        block(block_),
+        first(first_),
+        end(end_),
+        shift(6) {}
   __device__ int head_of(int row) const { return head + (row >> shift); }
   __device__ int query_of(int row) const { return first + (row & ((1 << shift) - 1)); }
   __device__ bool holds(int row) const { return (row >> shift) < heads && query_of(row) < end; }

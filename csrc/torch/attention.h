@@ -49,6 +49,11 @@ BlockList check_transposed_lists(const char* op, const AttentionInputs& in, cons
 AttentionForward forward_arguments(const AttentionInputs& in, const BlockRows& mask, const Tensor& o,
                                    const Tensor& lse);
 
+// q and k of the column statistics checked (k stands in for v, which is not needed), and the range of queries.
+AttentionInputs check_colstats(const char* op, const Tensor& q, const Tensor& k, int64_t row_begin, int64_t row_end,
+                               const std::optional<Tensor>& lse, std::optional<double> scale, double softcap);
+void check_blocks(const char* op, int64_t block_m, int64_t block_n);  // 64 or 128
+
 // A tensor like the result o, of q's dtype; a number for each query, of lse's dtype.
 void check_like_result(const char* op, const char* name, const Tensor& t, const AttentionInputs& in);
 void check_query_numbers(const char* op, const char* name, const Tensor& t, const AttentionInputs& in);

@@ -97,8 +97,7 @@ AttentionInputs check_attention_inputs(const char* op, const Tensor& q, const Te
 BlockRows check_layout_tensors(const char* op, const AttentionInputs& in, LayoutTensors& layout) {
   const AttentionShape& s = in.shape;
   const int64_t m = layout.block_m, n = layout.block_n;
-  check(m == 64 || m == 128, op, "block_m must be 64 or 128, got ", m);
-  check(n == 64 || n == 128, op, "block_n must be 64 or 128, got ", n);
+  check_blocks(op, m, n);
   check(layout.unit == 1 || layout.unit == n, op, "unit must be 1 or block_n = ", n, ", got ", layout.unit);
   check(layout.sink >= 0, op, "sink must not be negative, got ", layout.sink);
 
@@ -234,6 +233,21 @@ void check_rows_inside(const char* op, const AttentionShape& shape, const BlockR
   for (int64_t c = mask.col_ptr[0]; c < mask.col_ptr[lists]; ++c)
     if (mask.col_idx[c] < 0 || mask.col_idx[c] >= shape.sk)
       check(false, op, "col_idx[", c, "] must be in [0, ", shape.sk, "), got ", mask.col_idx[c]);
+}
+
+void check_blocks(const char* op, int64_t block_m, int64_t block_n) {
+  check(block_m == 64 || block_m == 128, op, "block_m must be 64 or 128, got ", block_m);
+  check(block_n == 64 || block_n == 128, op, "block_n must be 64 or 128, got ", block_n);
+}
+
+AttentionInputs check_colstats(const char* op, const Tensor& q, const Tensor& k, int64_t row_begin, int64_t row_end,
+                               const std::optional<Tensor>& lse, std::optional<double> scale, double softcap) {
+  const AttentionInputs in = check_attention_inputs(op, q, k, k, scale, softcap);
+  check(in.shape.dtype != DType::f64, op, "q must be float32, bfloat16 or float16, got float64");
+  check(row_begin >= 0 && row_begin <= row_end && row_end <= in.shape.sq, op, "rows must be a range within [0, ",
+        in.shape.sq, "], got [", row_begin, ", ", row_end, ")");
+  if (lse) check_query_numbers(op, "lse", *lse, in);
+  return in;
 }
 
 }  // namespace slk

@@ -106,25 +106,13 @@ Statistics colstats(const Tensor& q, const BlockRows& mask, const AttentionInput
   return {sum, top, diagonals, sums};
 }
 
-// q and k checked (k stands in for v, which is not needed), and the range of queries.
-AttentionInputs check_colstats(const char* op, const Tensor& q, const Tensor& k, int64_t row_begin, int64_t row_end,
-                               const std::optional<Tensor>& lse, std::optional<double> scale, double softcap) {
-  const AttentionInputs in = check_attention_inputs(op, q, k, k, scale, softcap);
-  check(in.shape.dtype != DType::f64, op, "q must be float32, bfloat16 or float16, got float64");
-  check(row_begin >= 0 && row_begin <= row_end && row_end <= in.shape.sq, op, "rows must be a range within [0, ",
-        in.shape.sq, "], got [", row_begin, ", ", row_end, ")");
-  if (lse) check_query_numbers(op, "lse", *lse, in);
-  return in;
-}
-
 Statistics attention_colstats(const Tensor& q, const Tensor& k, int64_t row_begin, std::optional<int64_t> row_end,
                               bool causal, int64_t block_m, int64_t block_n, std::optional<Tensor> lse,
                               std::optional<double> scale, double softcap) {
   const char* op = "attention_colstats";
   const int64_t end = row_end.value_or(q.dim() == 4 ? q.size(2) : 0);
   const AttentionInputs in = check_colstats(op, q, k, row_begin, end, lse, scale, softcap);
-  check(block_m == 64 || block_m == 128, op, "block_m must be 64 or 128, got ", block_m);
-  check(block_n == 64 || block_n == 128, op, "block_n must be 64 or 128, got ", block_n);
+  check_blocks(op, block_m, block_n);
   const PlainLayout layout(in.shape, causal, block_m, block_n);
   return colstats(q, layout.mask, in, {row_begin, end}, lse);
 }

@@ -1,5 +1,8 @@
-// merge_attention_states at the torch boundary, on the CPU.
+// merge_attention_states at the torch boundary.
 #include "torch/attention_cpu.h"
+#ifdef SLKERNELS_WITH_CUDA
+#include "torch/stream.h"
+#endif
 
 namespace slk {
 namespace {
@@ -52,11 +55,27 @@ struct MergeInputs {
   }
 };
 
+#ifdef SLKERNELS_WITH_CUDA
+// Launches on the current stream of the GPU that `like` is on.
+template <class Launch>
+void on_device_of(const char* op, const Tensor& like, const Launch& launch) {
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  check_cuda(op, launch(current_stream(op, like.get_device_index())));
+}
+#endif
+
 std::tuple<Tensor, Tensor> merge_attention_states(const Tensor& o1, const Tensor& lse1, const Tensor& o2,
                                                   const Tensor& lse2) {
-  MergeInputs in("merge_attention_states", o1, lse1, o2, lse2);
+  const char* op = "merge_attention_states";
+  MergeInputs in(op, o1, lse1, o2, lse2);
   const Tensor o = empty_in_order_of(o1, o1.size(3)), lse = empty_like_shape(in.lse1, shape_of(lse1));
   in.args.o = o.mutable_data_ptr(), in.args.o_strides = head_strides(o), in.args.lse = lse.mutable_data_ptr();
+#ifdef SLKERNELS_WITH_CUDA
+  if (o1.is_cuda()) {
+    on_device_of(op, o1, [&](cudaStream_t stream) { return cuda::launch_merge_attention_states(in.args, stream); });
+    return {o, lse};
+  }
+#endif
   const auto merge = attention_kernels_for(in.args.dtype).merge;
   in.for_each_run([&](int64_t b, int64_t h, Range tokens) { merge(in.args, b, h, tokens); });
   return {o, lse};
@@ -84,6 +103,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_attention_states_backward(const
                                     dlse2.mutable_data_ptr(),
                                     head_strides(do1),
                                     head_strides(do2)};
+#ifdef SLKERNELS_WITH_CUDA
+  if (o1.is_cuda()) {
+    on_device_of(op, o1,
+                 [&](cudaStream_t stream) { return cuda::launch_merge_attention_states_backward(args, stream); });
+    return {do1, dlse1, do2, dlse2};
+  }
+#endif
   const auto merge_backward = attention_kernels_for(in.args.dtype).merge_backward;
   in.for_each_run([&](int64_t b, int64_t h, Range tokens) { merge_backward(args, b, h, tokens); });
   return {do1, dlse1, do2, dlse2};
@@ -95,5 +121,12 @@ STABLE_TORCH_LIBRARY_IMPL(slkernels, CPU, m) {
   m.impl("merge_attention_states", TORCH_BOX(&merge_attention_states));
   m.impl("merge_attention_states_backward", TORCH_BOX(&merge_attention_states_backward));
 }
+
+#ifdef SLKERNELS_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(slkernels, CUDA, m) {
+  m.impl("merge_attention_states", TORCH_BOX(&merge_attention_states));
+  m.impl("merge_attention_states_backward", TORCH_BOX(&merge_attention_states_backward));
+}
+#endif
 
 }  // namespace slk

@@ -162,6 +162,30 @@ cudaError_t launch_attention_forward_sm90(const AttentionForward&, cudaStream_t)
 cudaError_t launch_attention_backward_sm80(const AttentionBackward&, cudaStream_t);
 cudaError_t launch_attention_backward_sm90(const AttentionBackward&, cudaStream_t);
 
+// All float types.
+cudaError_t launch_merge_attention_states(const MergeStates&, cudaStream_t);
+cudaError_t launch_merge_attention_states_backward(const MergeStatesBackward&, cudaStream_t);
+
+// The mask of a dense or causal (bottom right) attention, written to `mask`'s lists, ordered as its rows need: row_ptr,
+// row_cnt, row_nmask [ceil(Sq / block_m)], idx [ceil(Sk / block_n)], hi [Sq] when causal.
+struct PlainMask {
+  int32_t *ptr, *cnt, *nmask, *idx, *hi;
+};
+cudaError_t launch_plain_mask(const AttentionShape&, bool causal, int64_t block_m, int64_t block_n, const PlainMask&,
+                              cudaStream_t);
+
+// bf16 and f16. Work is cut into `stats.parts` runs of blocks of queries times `splits` runs of the tiles of each
+// block; stats' sums are scratch, zeros at entry: col_sum, col_max and diagonal [B, Hq, parts * splits, ...], block_sum
+// [B, Hq, splits, ...]. stats.forward.lse null: it is worked out first, with partial_lse [B, Hq, Sq, splits, 2] as
+// scratch. Results: [B, Hq, Sk], diag_sum[d] that of the distance d; block_sum as stats', without splits.
+struct ColStatsLaunch {
+  AttentionColStats stats;
+  int64_t splits;
+  float* partial_lse;
+  float *col_sum, *col_max, *diag_sum, *block_sum;
+};
+cudaError_t launch_attention_colstats(const ColStatsLaunch&, cudaStream_t);
+
 }  // namespace cuda
 #endif
 
