@@ -145,6 +145,35 @@ def momentum_kind(rule: str) -> _Kind:
     return _Kind(ours, lambda ps: _TorchRule(ps, rule), peers, 1 + 4 / 256, 1)
 
 
+class _ExactAdEMAMix:
+    """AdEMAMix in torch operations, its moments in the parameters' dtype."""
+
+    def __init__(self, params, beta3: float, alpha: float):
+        self.params, self.slow, self.count = params, (beta3, alpha), 0
+        self.moments = [tuple(torch.zeros_like(p) for _ in range(3)) for p in params]
+
+    @torch.no_grad()
+    def step(self):
+        self.count += 1
+        hyper = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+        for i, p in enumerate(self.params):
+            found = reference.ademamix(p, p.grad, *self.moments[i], self.count, _HYPER["lr"], *self.slow, **hyper)
+            p.copy_(found[0])
+            self.moments[i] = found[1:]
+
+
+def ademamix_kind() -> _Kind:
+    """``AdEMAMix8bit``."""
+    beta3, alpha = 0.9999, 5.0
+    options = {**_HYPER, "betas": (0.9, 0.999, beta3), "alpha": alpha}
+    peers = {
+        TORCH: (None, lambda ps: _ExactAdEMAMix(ps, beta3, alpha)),
+        BNB: ("bitsandbytes", lambda ps: _bnb_optim().AdEMAMix8bit(ps, **options)),
+    }
+    ours = lambda ps: slkernels.optim.AdEMAMix8bit(ps, **options)  # noqa: E731
+    return _Kind(ours, lambda ps: _ExactAdEMAMix(ps, beta3, alpha), peers, 3 * (1 + 4 / 256), 3)
+
+
 def _bnb_optim():
     return importlib.import_module("bitsandbytes").optim
 
@@ -207,6 +236,85 @@ def step_problem(tensors: int, size: int, dtype: torch.dtype, kind: _Kind = _ADA
             ready = package is None or _installed(package)
             providers[name] = provider(build, state) if ready else Absent("not installed")
         return providers
+
+    return make
+
+
+def direction_problem(count: int, dtype: torch.dtype):
+    """adam_q_dir_: what GaLore and APOLLO take from Adam. The gradient and the bias corrections of step 1 stay."""
+
+    def make(device, seed):
+        gen = generator(device, seed)
+        grad = uniform(count, dtype=dtype, gen=gen)
+        step = torch.ones((), device=device)
+
+        class Direction:
+            def __init__(self, run):
+                self.run, self.calls, self.out = run, 0, torch.empty_like(grad)
+
+            def __call__(self):
+                self.calls += 1
+                return self.run(self.out)
+
+            def error(self, out) -> float:
+                """After k steps m is (1 - 0.9^k) g and v (1 - 0.999^k) g^2."""
+                size = (1 - 0.9**self.calls) / 0.1 / ((1 - 0.999**self.calls) / 0.001) ** 0.5
+                return float((out.float() - size * grad.sign().float()).square().mean()) ** 0.5 / size / 0.1
+
+        quantized = [[torch.zeros(count, dtype=torch.uint8, device=device)] for _ in range(2)]
+        scales = [[torch.zeros(-(-count // 256), device=device)] for _ in range(2)]
+        moments = (quantized[0], scales[0], quantized[1], scales[1])
+        m, v = (torch.zeros(count, dtype=dtype, device=device) for _ in range(2))
+
+        def ours(out):
+            slkernels.adam_q_dir_([grad], *moments, [out], step, beta1=0.9, beta2=0.999, eps=1e-8)
+            return out
+
+        def formula(out):
+            """galore_torch/adamw.py, on moments of the gradient's dtype."""
+            m.mul_(0.9).add_(grad, alpha=0.1)
+            v.mul_(0.999).addcmul_(grad, grad, value=0.001)
+            return torch.div(m / 0.1, (v / 0.001).sqrt().add_(1e-8), out=out)
+
+        def provider(run, state_bytes: float) -> Provider:
+            direction = Direction(run)
+            return Provider(direction, direction.error, 0.0, 2.0 * nbytes(grad) + 2 * state_bytes)
+
+        return {OURS: provider(ours, count * 2 * (1 + 4 / 256)), TORCH: provider(formula, nbytes(m, v))}
+
+    return make
+
+
+def norm_problem(tensors: int, size: int, dtype: torch.dtype):
+    """Clipping by global norm up to the step: grad_norm_sq and clip_coef against clip_grad_norm_, which also writes."""
+
+    def make(device, seed):
+        gen = generator(device, seed)
+        params = [torch.nn.Parameter(torch.empty(size, dtype=dtype, device=device)) for _ in range(tensors)]
+        grads = [uniform(size, dtype=dtype, gen=gen) for _ in range(tensors)]
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+
+        @cache
+        def norm() -> float:
+            return float(torch.stack([g.double().norm() for g in grads]).norm())
+
+        # A limit above the norm, so that nobody changes the gradients.
+        most = 2 * norm()
+
+        def ours():
+            norm_sq = slkernels.optim.grad_norm_sq(grads)
+            slkernels.optim.clip_coef(norm_sq, most)
+            return norm_sq.sqrt()
+
+        def error(found) -> float:
+            return abs(float(found) / norm() - 1) / 1e-2
+
+        bytes = float(nbytes(*grads))
+        return {
+            OURS: Provider(ours, error, 0.0, bytes),
+            TORCH: Provider(lambda: torch.nn.utils.clip_grad_norm_(params, most), error, 0.0, 3 * bytes),
+        }
 
     return make
 
@@ -326,12 +434,23 @@ def cases() -> list[Case]:
                 torch.bfloat16,
                 step_problem(1, one, torch.bfloat16, kind),
                 baseline=next(iter(kind.peers)),
-                targets=(Target(FUSED, goal),) if goal else (),
+                targets=(Target(FUSED, goal),) if goal else (Target(BNB, 20.0),) if BNB in kind.peers else (),
                 items=one,
                 item="parameter",
                 quick=False,
             )
         )
+    mix = ademamix_kind()
+    one_of = {"items": one, "item": "parameter"}
+    for name, make, baseline, goals in (
+        ("AdEMAMix8bit step", step_problem(1, one, torch.bfloat16, mix), TORCH, (Target(BNB, 20.0),)),
+        ("adam_q_dir_", direction_problem(one, torch.bfloat16), TORCH, ()),
+        ("clipping", norm_problem(1, one, torch.bfloat16), TORCH, ()),
+    ):
+        shape = f"1 x {one}"
+        found.append(Case("optim", name, shape, torch.bfloat16, make, baseline=baseline, targets=goals, **one_of))
+    many = norm_problem(256, 8192, torch.bfloat16)
+    found.append(Case("optim", "clipping", "256 x 8192", torch.bfloat16, many, baseline=TORCH))
     for dtype in (torch.float32, torch.bfloat16):
         for name, make, baseline in (
             ("quantize_block", quantize_problem(one, dtype), BUCKETIZE),

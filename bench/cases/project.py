@@ -90,6 +90,99 @@ def back_add_problem(n: int, m: int, rank: int, dtype: torch.dtype):
     return make
 
 
+def back_problem(n: int, m: int, rank: int, dtype: torch.dtype):
+    """The way back alone: a GEMM either way."""
+
+    def make(device, seed):
+        gen = generator(device, seed)
+        N, P = uniform(n, rank, dtype=dtype, gen=gen), uniform(rank, m, dtype=dtype, gen=gen, scale=rank**-0.5)
+        error = compare_with(cache(lambda: (N.double() @ P.double(),)), dtype)
+        work = 2.0 * n * m * rank, nbytes(N, P) + n * m * N.element_size()
+        return {
+            OURS: Provider(lambda: slkernels.project_back(N, right=P), error, *work),
+            DENSE: Provider(lambda: N @ P, error, *work),
+        }
+
+    return make
+
+
+def rand_back_problem(n: int, m: int, rank: int, dtype: torch.dtype):
+    def make(device, seed):
+        gen = generator(device, seed)
+        R = uniform(n, rank, dtype=dtype, gen=gen)
+
+        @cache
+        def expected():
+            return (R.double() @ slkernels.rand_matrix(7, rank, m, dtype, device).double(),)
+
+        def materialized():
+            return R @ (torch.randn(rank, m, device=device) * rank**-0.5).to(dtype)
+
+        def spread(U) -> float:
+            """Another P: |U|^2 is |R|^2 m / rank on average."""
+            allowed = 10 * (2.0 / (n * rank)) ** 0.5
+            return abs(float(U.double().square().sum() / R.double().square().sum() * rank / m) - 1) / allowed
+
+        work = 2.0 * n * m * rank, nbytes(R) + n * m * R.element_size()
+        return {
+            OURS: Provider(lambda: slkernels.rand_project_back(R, 7, m, "right"), compare_with(expected, dtype), *work),
+            MATERIALIZED: Provider(materialized, spread, *work),
+        }
+
+    return make
+
+
+def back_add_q_problem(n: int, m: int, rank: int):
+    """Q-GaLore's update of int8 weights, rounded stochastically."""
+
+    def make(device, seed):
+        gen = generator(device, seed)
+        w = uniform(n, m, dtype=torch.bfloat16, gen=gen)
+        N = uniform(n, rank, dtype=torch.bfloat16, gen=gen)
+        P = uniform(rank, m, dtype=torch.bfloat16, gen=gen, scale=rank**-0.5)
+        lr, rng = torch.tensor(_LR, device=device), torch.tensor([1, 2], device=device)
+        start = slkernels.quantize_group(w)
+        ours = [t.clone() for t in start]
+
+        @cache
+        def expected():
+            return slkernels.dequantize_group(*start).double() - _LR * _ALPHA * (N.double() @ P.double())
+
+        def distance(codes, scale, zero) -> float:
+            """In steps of the codes: stochastic rounding is off by less than one."""
+            read = (codes.view(n, -1, 256).double() - zero.view(n, -1, 1)) * scale.view(n, -1, 1).double()
+            return float(((read.view(n, m) - expected()).abs() / scale.repeat_interleave(256, -1)).max()) / 1.05
+
+        def error(step) -> float:
+            for t, s in zip(ours, start, strict=True):
+                t.copy_(s)
+            step()
+            return distance(*ours)
+
+        def run_ours():
+            slkernels.project_back_add_q_(*ours, N, lr, None, P, alpha=_ALPHA, rng=rng)
+            return run_ours
+
+        def formula():
+            """q_galore_torch: dequantize, add the update, quantize again with torch operations."""
+            codes, scale, zero = start
+            rows = (codes.view(-1, 256).float() - zero.view(-1, 1)) * scale.view(-1, 1)
+            rows = (rows.view(n, m) - _LR * _ALPHA * (N @ P).float()).view(-1, 256)
+            hi, lo = rows.amax(1, keepdim=True).clamp(min=0), rows.amin(1, keepdim=True).clamp(max=0)
+            new_scale = (hi - lo) / 255
+            new_zero, y = (-lo / new_scale).round(), rows / new_scale
+            new_codes = (torch.floor(y + torch.rand_like(y)) + new_zero).clamp(0, 255).to(torch.uint8)
+            return new_codes.view(n, m), new_scale.view(n, -1), new_zero.view(n, -1)
+
+        work = 2.0 * n * m * rank, 2.0 * nbytes(*start) + nbytes(N, P)
+        return {
+            OURS: Provider(run_ours, error, *work),
+            QGALORE: Provider(formula, lambda result: distance(*result), *work),
+        }
+
+    return make
+
+
 def apollo_problem(n: int, m: int, rank: int, dtype: torch.dtype, kind: str):
     def make(device, seed):
         gen = generator(device, seed)
@@ -236,6 +329,12 @@ def cases() -> list[Case]:
         for dtype in (bf16, torch.float32):
             make = back_add_problem(size, size, rank, dtype)
             found.append(Case("project", "project_back_add_", shape, dtype, make, baseline=GALORE))
+        make = back_problem(size, size, rank, bf16)
+        found.append(Case("project", "project_back", shape, bf16, make))
+        make = rand_back_problem(size, size, rank, bf16)
+        found.append(Case("project", "rand_project_back", shape, bf16, make, baseline=MATERIALIZED))
+        make = back_add_q_problem(size, size, rank)
+        found.append(Case("project", "project_back_add_q_", shape, bf16, make, baseline=QGALORE))
         for kind, r in (("channel", rank), ("tensor", 1)):
             make = apollo_problem(size, size, r, bf16, kind)
             name = f"apollo_scale_update_ {kind}"

@@ -1,8 +1,7 @@
 // grad_norm_sq and clip_coef. Contract: slkernels/optim_norm.h; the same bits as the CPU's, and for any grid.
 //
 //   sums   a warp a chunk of kNormChunk elements: lane l has the partial sums 2 l and 2 l + 1 (fp32), added up in fp64
-//   total  one warp adds the chunks in the order of the list (fp64): the loads of 32 at a time, the additions one by
-//   one
+//   total  one block, a thread a lane (fp64): kNormLanes chunks a step, then the lanes by halves
 #include "cuda/optim_launch.cuh"
 #include "slkernels/optim_norm.h"
 
@@ -97,17 +96,18 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const __grid_constant__ 
   }
 }
 
-__global__ void total_kernel(const double* sums, int64_t chunks, float* out) {
-  double total = 0, next = threadIdx.x < chunks ? sums[threadIdx.x] : 0;
-  for (int64_t first = 0; first < chunks; first += kLanes) {
-    const double here = next;
-    const int64_t after = first + kLanes + threadIdx.x;
-    next = after < chunks ? sums[after] : 0;
-    // Adding a 0 that stands for nothing changes no bit of a sum that is not negative.
-#pragma unroll
-    for (int i = 0; i < kLanes; ++i) total = __dadd_rn(total, __shfl_sync(kAllLanes, here, i));
+__global__ void __launch_bounds__(kNormLanes) total_kernel(const double* sums, int64_t chunks, float* out) {
+  __shared__ double lanes[kNormLanes];
+  const int lane = threadIdx.x;
+  double total = 0;
+#pragma unroll 4
+  for (int64_t c = lane; c < chunks; c += kNormLanes) total = __dadd_rn(total, sums[c]);
+  lanes[lane] = total;
+  for (int width = kNormLanes / 2; width > 0; width /= 2) {
+    __syncthreads();
+    if (lane < width) lanes[lane] = __dadd_rn(lanes[lane], lanes[lane + width]);
   }
-  if (threadIdx.x == 0) *out = float(total);
+  if (lane == 0) *out = float(lanes[0]);
 }
 
 __global__ void clip_kernel(const float* norm_sq, float max_norm, float* out) {
@@ -162,7 +162,7 @@ cudaError_t launch_grad_norm_sq(const NormTensor* tensors, int64_t count, double
     if (!builder->add(entry)) return cudaErrorInvalidValue;
   }
   if (const cudaError_t error = flush(); error != cudaSuccess) return error;
-  return launch(total_kernel, 1, kLanes, 0, stream, sums, done, out);
+  return launch(total_kernel, 1, kNormLanes, 0, stream, sums, done, out);
 }
 
 cudaError_t launch_clip_coef(const float* norm_sq, float max_norm, float* out, cudaStream_t stream) {

@@ -35,10 +35,8 @@ Tensor grad_norm_sq(std::vector<Tensor> grads) {
                                                        std::min(kNormChunk, grads[i].numel() - start));
     }
   });
-  double total = 0;
-  for (const double s : sums) total += s;
   Tensor out = empty_like_shape(grads[0], {}, ScalarType::Float);
-  *out.mutable_data_ptr<float>() = float(total);
+  *out.mutable_data_ptr<float>() = float(add_norm_chunks(sums.data(), int64_t(sums.size())));
   return out;
 }
 

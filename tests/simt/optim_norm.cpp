@@ -40,8 +40,7 @@ double chunk_sum(DType dtype, const uint8_t* data, int64_t begin, int64_t end) {
 void check(const char* what, const std::vector<TensorData>& list, float planted) {
   std::vector<std::unique_ptr<simt::Buffer<uint8_t>>> buffers;
   std::vector<cuda::NormTensor> tensors;
-  double want = 0;
-  int64_t chunks = 0;
+  std::vector<double> chunk_sums;
   for (const TensorData& d : list) {
     const int bytes = numbers::bytes(d.dtype);
     buffers.push_back(std::make_unique<simt::Buffer<uint8_t>>((d.n + d.offset) * bytes));
@@ -50,12 +49,11 @@ void check(const char* what, const std::vector<TensorData>& list, float planted)
     for (int64_t i = 0; i < d.n; ++i) numbers::store(d.dtype, data, i, x[i]);
     if (planted != 0 && d.n > 7) numbers::store(d.dtype, data, d.n - 3, planted);
     tensors.push_back({data, d.n, d.dtype});
-    for (int64_t i = 0; i < d.n; i += kNormChunk) {
-      want += chunk_sum(d.dtype, data, i, std::min(d.n, i + kNormChunk));
-      ++chunks;
-    }
+    for (int64_t i = 0; i < d.n; i += kNormChunk)
+      chunk_sums.push_back(chunk_sum(d.dtype, data, i, std::min(d.n, i + kNormChunk)));
   }
-  simt::Buffer<double> sums(chunks);
+  const double want = add_norm_chunks(chunk_sums.data(), int64_t(chunk_sums.size()));
+  simt::Buffer<double> sums(chunk_sums.size());
   simt::Buffer<float> out(1), divisor(1);
   const bool ok = cuda::launch_grad_norm_sq(tensors.data(), int64_t(tensors.size()), sums.get(), out.get(), nullptr) ==
                       cudaSuccess &&
