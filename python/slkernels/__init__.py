@@ -19,7 +19,6 @@ from .gemm import gemm
 from .lowrank import lowrank_linear
 from .optim import adam_q_, adam_q_dir_, ademamix_q_, dequantize_block, momentum_q_, quantize_block
 from .project import (
-    apollo_scale_update_,
     project,
     project_back,
     project_back_add_,
@@ -28,6 +27,7 @@ from .project import (
     rand_project_back,
     randomized_range,
 )
+from .project_apollo import apollo_scale_update_
 from .project_quant import dequantize_group, grad_carrier, project_back_add_q_, quantize_group, w8a16_linear
 from .sl import sl_linear
 from .sparse import (

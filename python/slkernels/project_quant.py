@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._library import check, define, needs_grad
-from .project import _ROUNDING, check_matrix, check_projection, check_rounding, check_shape
+from .project import ROUNDING, check_matrix, check_projection, check_rounding, check_shape
 
 _ops = torch.ops.slkernels
 
@@ -63,7 +63,7 @@ def _dequantize_group_fake(codes, scale, zero, columns=None, bits=8, group=256, 
 
 
 define(
-    f"quantize_group(Tensor w, int bits=8, int group=256, {_ROUNDING}) -> (Tensor, Tensor, Tensor)",
+    f"quantize_group(Tensor w, int bits=8, int group=256, {ROUNDING}) -> (Tensor, Tensor, Tensor)",
     fake=_quantize_group_fake,
 )
 define(
@@ -152,7 +152,7 @@ def _project_back_add_q_fake(
 define(
     "project_back_add_q_(Tensor(a!) codes, Tensor(b!) scale, Tensor(c!) zero, Tensor N, Tensor lr, Tensor? left=None, "
     "Tensor? right=None, *, int group=256, float alpha=1.0, float weight_decay=0.0, Tensor? found_inf=None, "
-    f"{_ROUNDING}) -> ()",
+    f"{ROUNDING}) -> ()",
     fake=_project_back_add_q_fake,
 )
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..project import apollo_scale_update_
+from ..project_apollo import apollo_scale_update_
 from ._dtensor import is_dtensor
 from ._quantized import Launch, Options, QuantizedOptimizer
 from ._state import State, new_moment
