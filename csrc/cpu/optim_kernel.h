@@ -16,6 +16,8 @@ namespace slk::cpu::SLK_ISA {
 // Elements that are stepped before they are encoded: enough that waiting for the last maximum, about 200 cycles, does
 // not show, and few enough that they, p and g lie in L1.
 constexpr int kChunkElements = 2048;
+// Where parameters and gradients lie there as fp32 too.
+constexpr int kCopiedElements = 1024;
 constexpr int kChunkBlocks = 64;
 static_assert(kChunkBlocks % kLanes == 0, "maxima are reduced kLanes blocks at a time");
 
@@ -42,14 +44,14 @@ struct Kernel {
   Maxima largest[kChunkBlocks];  // by lane
   int64_t kept = 0;
 
-  Kernel(const StepTensor& t, const StepCall& call, ChunkBuffers& buffers)
+  Kernel(const StepTensor& t, const StepCall& call, ChunkBuffers& buffers, int elements)
       : t(t),
         block(call.block),
         s(call.scalars, call.rule),
         padded(int(round_up(call.block, kPair))),
-        per_chunk(kChunkElements / padded < 1        ? 1
-                  : kChunkElements / padded < kLanes ? kChunkElements / padded
-                                                     : kLanes),
+        per_chunk(elements / padded < 1        ? 1
+                  : elements / padded < kLanes ? elements / padded
+                                               : kLanes),
         m(buffers.values),
         v(m + per_chunk * padded + 48),
         slow(v + per_chunk * padded + 48) {}
@@ -270,7 +272,7 @@ int64_t step_quantized(const StepTensor& t, const StepCall& call, Range blocks) 
     if (is_plain(t, call)) {
       const auto run = [&](auto* type) {
         using T = Element<decltype(type)>;
-        Kernel<kRule, kCodec> kernel(t, call, buffers);
+        Kernel<kRule, kCodec> kernel(t, call, buffers, kChunkElements);
         kernel.for_chunks(blocks, [&](int64_t first, int count) {
           const int64_t start = first * call.block;
           kernel.step_chunk(static_cast<T*>(t.p) + start, static_cast<const T*>(t.g) + start, first, count);
@@ -281,7 +283,7 @@ int64_t step_quantized(const StepTensor& t, const StepCall& call, Range blocks) 
     }
   StepCall scaled = call;
   scaled.scalars.inv_grad_scale = 1;  // ParamBuffers divides
-  Kernel<kRule, kCodec> kernel(t, scaled, buffers);
+  Kernel<kRule, kCodec> kernel(t, scaled, buffers, kCopiedElements);
   ParamBuffers params(t, call);
   kernel.for_chunks(blocks, [&](int64_t first, int count) {
     const int64_t start = first * call.block, rest = t.n - start, elements = count * call.block;
