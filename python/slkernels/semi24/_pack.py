@@ -76,6 +76,11 @@ def _check_by(op: str, by: str, W: Tensor, score: Tensor | None) -> None:
     check(by in ("row", "transposable"), op, lambda: f"by must be row or transposable, got {by}")
     if score is not None:
         _check_shape(op, "score", score, W.shape)
+        check(
+            score.dtype == W.dtype,
+            op,
+            lambda: f"score must have W's dtype {_name(W.dtype)}, got {_name(score.dtype)}",
+        )
 
 
 def _check_shape(op: str, name: str, t: Tensor, shape: tuple) -> None:
@@ -126,8 +131,7 @@ def prune24(W: Tensor, by: str = "row", score: Tensor | None = None) -> Tensor:
             of every row and every column of each 4x4 tile, so that W and W^T are 2:4 under one mask: the exact best of
             the 90 such patterns, by sums in fp32 (fp64 for float64); equal sums are decided in the order of
             include/slkernels/semi24.cuh, the same on every device.
-        score: [n, m], W's dtype or float32; its magnitudes rank instead of W's. Wanda (arXiv 2306.11695) is
-            ``|W| * x_norm``.
+        score: [n, m], W's dtype; its magnitudes rank instead of W's. Wanda (arXiv 2306.11695) is ``|W| * x_norm``.
 
     NaN ranks above infinity by rows. In a tile's sums NaN, infinity and all above 2^124 count as 2^124 (float64:
     2^1020), so that a tile keeps as many of them as it can. Ragged edges are read as padded with zeros.
@@ -181,8 +185,8 @@ def compress24(W: Tensor, mask: Tensor, layout: str = "plain", validate: bool = 
         mask: bool [n, m], 2:4: two of every whole group; of a last group of w < 4 columns at most two, and at least
             w - 2.
         layout: see the module.
-        validate: check the mask. On a GPU the check waits for the device. Without it, of a group that keeps more than
-            two the first two are packed, and one that keeps fewer is filled up with zeros.
+        validate: check the mask. On a GPU the check waits for the device. Without it, a group that is not 2:4 is packed
+            as two NaNs with code 0x4.
 
     Returns:
         values, meta.
