@@ -303,11 +303,13 @@ void put_meta(const Packed24& pack, const uint8_t (&meta)[kSide][kLanes / 2], in
       for (int i = 0; i < count; ++i) std::memcpy(out + i * bytes, meta[i], (columns + 7) / 8);
     return;
   }
-  uint16_t* out = static_cast<uint16_t*>(pack.meta);
-  const int64_t rows = pack.rows();
-  for (int64_t word = 0; word < (columns + 15) / 16; ++word)
-    for (int i = 0; i < count; ++i)
-      std::memcpy(out + packed_word24(pack.layout, row + i, column / 16 + word, rows), meta[i] + 2 * word, 2);
+  int64_t at[kSide / 16];
+  const int words = (columns + 15) / 16;
+  for (int word = 0; word < words; ++word) at[word] = packed_column24(pack.layout, column / 16 + word, pack.rows());
+  for (int i = 0; i < count; ++i) {
+    uint16_t* out = static_cast<uint16_t*>(pack.meta) + packed_row24(pack.layout, row + i);
+    for (int word = 0; word < words; ++word) std::memcpy(out + at[word], meta[i] + 2 * word, 2);
+  }
 }
 
 template <class T, Prune24 kBy>
