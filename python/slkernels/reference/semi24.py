@@ -176,18 +176,18 @@ def meta_offsets(N: int, M: int, layout: str) -> Tensor:
 def meta_to_plain(meta: Tensor, n: int, m: int, layout: str) -> Tensor:
     """meta of a packed layout as the plain one's."""
     N, M = _padded(n, m, layout)
-    words = meta.reshape(-1)[meta_offsets(N, M, layout).to(meta.device)]
-    return words.contiguous().view(torch.uint8)[:n, : (m + 7) // 8].contiguous()
+    words = meta.flatten()[meta_offsets(N, M, layout).flatten().to(meta.device)]
+    return words.view(torch.uint8).view(N, M // 8)[:n, : (m + 7) // 8].contiguous()
 
 
 def meta_from_plain(meta: Tensor, n: int, m: int, layout: str) -> Tensor:
     """The plain layout's meta in a packed one."""
     N, M = _padded(n, m, layout)
-    plain = F.pad(meta, (0, M // 8 - meta.shape[1], 0, N - n), value=0x44).contiguous()
+    plain = F.pad(meta, (0, M // 8 - meta.shape[1], 0, N - n), value=0x44).flatten()
     words = plain.view(torch.int16) if layout == "sm80" else plain
-    out = torch.empty(words.numel(), dtype=words.dtype, device=meta.device)
-    out[meta_offsets(N, M, layout).to(meta.device)] = words
-    return out.view(words.shape) if layout == "sm80" else out
+    out = torch.empty_like(words)
+    out[meta_offsets(N, M, layout).flatten().to(meta.device)] = words
+    return out.view(N, M // 16) if layout == "sm80" else out
 
 
 def convert24(values: Tensor, meta: Tensor, n: int, m: int, source: str, target: str) -> tuple[Tensor, Tensor]:
