@@ -1,4 +1,4 @@
-"""Family semi24, packing: pruning to 2:4 and packing both ways, against a copy of as many bytes and PyTorch's formula."""
+"""Family semi24, packing: 2:4 pruning and packing both ways, against a copy of as many bytes and PyTorch's formula."""
 
 from __future__ import annotations
 
