@@ -3,6 +3,7 @@
 Formats and layouts: include/slkernels/semi24.h.
 """
 
+from ._interop import from_torch_semi_structured, to_torch_semi_structured
 from ._pack import (
     check24,
     compress24,
@@ -20,9 +21,11 @@ __all__ = [
     "compress24",
     "convert24",
     "decompress24",
+    "from_torch_semi_structured",
     "mask_of24",
     "prune24",
     "prune_compress24",
     "repack24_perm",
     "repack24_t_",
+    "to_torch_semi_structured",
 ]
