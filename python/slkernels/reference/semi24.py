@@ -60,6 +60,12 @@ def pattern_sums(x: Tensor) -> Tensor:
     return sums[..., 0]
 
 
+def _groups(x: Tensor, padding: float = 0) -> Tensor:
+    """x [n, m] as [n, ceil(m / 4), 4]."""
+    n, m = x.shape
+    return F.pad(x, (0, -m % 4), value=padding).reshape(n, (m + 3) // 4, 4)
+
+
 def _rank(x: Tensor) -> Tensor:
     """|x| in float64, NaN above infinity."""
     wide = x.double().abs()
@@ -68,7 +74,7 @@ def _rank(x: Tensor) -> Tensor:
 
 def _top2(key: Tensor) -> Tensor:
     """The first two positions of four by key, lower positions first among equals; ascending."""
-    return key.argsort(-1, descending=True, stable=True)[..., :2].sort(-1).values
+    return key.sort(dim=-1, descending=True, stable=True).indices[..., :2].sort(-1).values
 
 
 def prune24(W: Tensor, by: str = "row", score: Tensor | None = None) -> Tensor:
@@ -76,9 +82,9 @@ def prune24(W: Tensor, by: str = "row", score: Tensor | None = None) -> Tensor:
     x = W if score is None else score
     n, m = W.shape
     if by == "row":
-        groups = F.pad(_rank(x), (0, -m % 4)).view(n, -1, 4)
+        groups = _groups(_rank(x))
         mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, _top2(groups), True)
-        return mask.view(n, -1)[:, :m].contiguous()
+        return mask.flatten(1)[:, :m].contiguous()
     sums = pattern_sums(x)
     index = torch.arange(90, device=x.device)
     best = torch.where(sums == sums.amax(-1, keepdim=True), index, 90).amin(-1)
@@ -90,21 +96,19 @@ def prune24(W: Tensor, by: str = "row", score: Tensor | None = None) -> Tensor:
 
 def _slots(mask: Tensor) -> Tensor:
     """[n, G, 2]: the positions of a group's slots: kept columns, then padding, then columns not kept."""
-    n, m = mask.shape
-    return _top2(F.pad(2 * mask.int(), (0, -m % 4), value=1).view(n, -1, 4))
+    return _top2(_groups(2 * mask.int(), 1))
 
 
 def _pack(W: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    n, m = W.shape
     slots = _slots(mask)
-    groups = F.pad(torch.where(mask, W, 0), (0, -m % 4)).view(n, -1, 4)
-    codes = F.pad(slots[..., 0] | slots[..., 1] << 2, (0, slots.shape[1] % 2), value=0x4).view(n, -1, 2)
-    return groups.gather(-1, slots).reshape(n, -1), (codes[..., 0] | codes[..., 1] << 4).to(torch.uint8)
+    codes = F.pad(slots[..., 0] | slots[..., 1] << 2, (0, slots.shape[1] % 2), value=0x4)
+    values = _groups(torch.where(mask, W, 0)).gather(-1, slots).flatten(1)
+    return values, (codes[:, 0::2] | codes[:, 1::2] << 4).to(torch.uint8)
 
 
 def _codes(meta: Tensor, m: int) -> Tensor:
     """[n, G]: the codes of a plain pack."""
-    return torch.stack([meta & 15, meta >> 4], -1).view(meta.shape[0], -1)[:, : (m + 3) // 4].long()
+    return torch.stack([meta & 15, meta >> 4], -1).flatten(1)[:, : (m + 3) // 4].long()
 
 
 def compress24(W: Tensor, mask: Tensor, layout: str = "plain", validate: bool = True) -> tuple[Tensor, Tensor]:
@@ -117,8 +121,8 @@ def decompress24(values: Tensor, meta: Tensor, n: int, m: int, layout: str = "pl
     values, meta = convert24(values, meta, n, m, layout, "plain")
     codes = _codes(meta, m)
     slots = torch.stack([codes & 3, codes >> 2], -1)
-    groups = values.new_zeros(n, codes.shape[1], 4).scatter(-1, slots, values.view(n, -1, 2))
-    return groups.view(n, -1)[:, :m]
+    groups = values.new_zeros(n, codes.shape[1], 4).scatter(-1, slots, values.reshape(slots.shape))
+    return groups.flatten(1)[:, :m]
 
 
 def mask_of24(meta: Tensor, n: int, m: int, layout: str = "plain") -> Tensor:
@@ -135,8 +139,8 @@ def prune_compress24(
     n, m = W.shape
     mask = prune24(W, by, score)
     rank = _rank(W if score is None else score)
-    key = F.pad(torch.where(mask, rank, -1).t(), (0, -n % 4), value=-1).reshape(m, -1, 4)
-    top = torch.zeros_like(key, dtype=torch.bool).scatter_(-1, _top2(key), True).view(m, -1)[:, :n]
+    key = _groups(torch.where(mask, rank, -1).t(), -1)
+    top = torch.zeros_like(key, dtype=torch.bool).scatter_(-1, _top2(key), True).flatten(1)[:, :n]
     mask_t = top & mask.t()
     return *compress24(W, mask, layout), *convert24(*_pack(W.t(), mask_t), m, n, "plain", layout)
 
@@ -172,18 +176,18 @@ def meta_offsets(N: int, M: int, layout: str) -> Tensor:
 def meta_to_plain(meta: Tensor, n: int, m: int, layout: str) -> Tensor:
     """meta of a packed layout as the plain one's."""
     N, M = _padded(n, m, layout)
-    words = meta.reshape(-1)[meta_offsets(N, M, layout).to(meta.device)]
-    return words.contiguous().view(torch.uint8)[:n, : (m + 7) // 8].contiguous()
+    words = meta.flatten()[meta_offsets(N, M, layout).flatten().to(meta.device)]
+    return words.view(torch.uint8).view(N, M // 8)[:n, : (m + 7) // 8].contiguous()
 
 
 def meta_from_plain(meta: Tensor, n: int, m: int, layout: str) -> Tensor:
     """The plain layout's meta in a packed one."""
     N, M = _padded(n, m, layout)
-    plain = F.pad(meta, (0, M // 8 - meta.shape[1], 0, N - n), value=0x44)
+    plain = F.pad(meta, (0, M // 8 - meta.shape[1], 0, N - n), value=0x44).flatten()
     words = plain.view(torch.int16) if layout == "sm80" else plain
-    out = torch.empty(words.numel(), dtype=words.dtype, device=meta.device)
-    out[meta_offsets(N, M, layout).to(meta.device)] = words
-    return out.view(words.shape) if layout == "sm80" else out
+    out = torch.empty_like(words)
+    out[meta_offsets(N, M, layout).flatten().to(meta.device)] = words
+    return out.view(N, M // 16) if layout == "sm80" else out
 
 
 def convert24(values: Tensor, meta: Tensor, n: int, m: int, source: str, target: str) -> tuple[Tensor, Tensor]:
@@ -205,7 +209,7 @@ def repack24_perm(meta: Tensor, meta_t: Tensor, n: int, m: int) -> Tensor:
     """int32 [m, 2 ceil(n / 4)]: the position in values of every slot of the transposed pack, or -1."""
     shape, shape_t = (n, (m + 3) // 4 * 2), (m, (n + 3) // 4 * 2)
     numbers = torch.arange(1, shape[0] * shape[1] + 1, dtype=torch.float64, device=meta.device).view(shape)
-    dense = F.pad(decompress24(numbers, meta, n, m).t(), (0, -n % 4)).reshape(m, -1, 4)
+    dense = _groups(decompress24(numbers, meta, n, m).t())
     codes = _codes(meta_t, n)
     return dense.gather(-1, torch.stack([codes & 3, codes >> 2], -1)).view(shape_t).int() - 1
 
