@@ -224,7 +224,7 @@ SLK_PER_ISA {
   }
 
   // What a tile at the matrix' edge, `width` columns by `height` rows of it inside, keeps and packs. The elements
-  // outside are zeros. Inside the matrix: rows == word, columns as they were.
+  // outside are zeros, and of a row or column outside slots 0 and 1 are packed. Inside: rows == word, columns as given.
   struct Tile24 {
     int word;     // kept elements of the matrix, bit 4 r + c
     int rows;     // slots of W's pack, bit 4 r + c
@@ -235,8 +235,8 @@ SLK_PER_ISA {
     for (int r = 0; r < height; ++r) tile.word |= word & ((1 << width) - 1) << 4 * r;
     const int kept = columns & transpose24(tile.word);
     for (int i = 0; i < 4; ++i) {
-      tile.rows |= fill24(tile.word >> 4 * i & 15, width) << 4 * i;
-      tile.columns |= fill24(kept >> 4 * i & 15, height) << 4 * i;
+      tile.rows |= (i < height ? fill24(tile.word >> 4 * i & 15, width) : 3) << 4 * i;
+      tile.columns |= (i < width ? fill24(kept >> 4 * i & 15, height) : 3) << 4 * i;
     }
     return tile;
   }
