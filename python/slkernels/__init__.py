@@ -29,6 +29,7 @@ from .project import (
     randomized_range,
 )
 from .project_quant import dequantize_group, grad_carrier, project_back_add_q_, quantize_group, w8a16_linear
+from .semi24 import dw_compress24, linear24
 from .sl import sl_linear
 from .sparse import (
     check_support,
@@ -64,9 +65,11 @@ __all__ = [
     "convert",
     "dequantize_block",
     "dequantize_group",
+    "dw_compress24",
     "gather_support",
     "gemm",
     "grad_carrier",
+    "linear24",
     "lowrank_linear",
     "momentum_q_",
     "nn",

@@ -2,3 +2,7 @@
 
 Formats and layouts: include/slkernels/semi24.h.
 """
+
+from ._linear import dw_compress24, linear24
+
+__all__ = ["dw_compress24", "linear24"]
