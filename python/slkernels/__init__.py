@@ -29,7 +29,7 @@ from .project import (
     randomized_range,
 )
 from .project_quant import dequantize_group, grad_carrier, project_back_add_q_, quantize_group, w8a16_linear
-from .semi24 import dw_compress24, linear24
+from .semi24 import dw_compress24, linear24, linear24_packed, linear24_train
 from .sl import sl_linear
 from .sparse import (
     check_support,
@@ -70,6 +70,8 @@ __all__ = [
     "gemm",
     "grad_carrier",
     "linear24",
+    "linear24_packed",
+    "linear24_train",
     "lowrank_linear",
     "momentum_q_",
     "nn",

@@ -3,6 +3,6 @@
 Formats and layouts: include/slkernels/semi24.h.
 """
 
-from ._linear import dw_compress24, linear24
+from ._linear import dw_compress24, linear24, linear24_packed, linear24_train
 
-__all__ = ["dw_compress24", "linear24"]
+__all__ = ["dw_compress24", "linear24", "linear24_packed", "linear24_train"]
