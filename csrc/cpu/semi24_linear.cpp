@@ -116,7 +116,7 @@ void linear(DType dtype, const Weight24& w, const Matrix& x, const void* bias, A
 // ---- few tokens ---------------------------------------------------------------------------------------------------
 
 // NR rows of W by NT tokens along their features, out[t * kLanes + r]. The bound is reading W once from memory: a step
-// of kLanes kept elements is 68 bytes in fp32 and 36 in bf16 on AVX-512, against some 8 instructions.
+// of kLanes kept elements is 68 bytes in fp32 and 36 in bf16 on AVX-512, against some 8 instructions a token.
 template <int NR, int NT, class T>
 SLK_INLINE void dot_rows(const Weight24& w, int64_t row, const float* x, int64_t ldx, float* out) {
   const int64_t kept = kept24(w.m), bytes = ceil_div(kept, 4);
@@ -149,7 +149,8 @@ SLK_INLINE void dot_rows(const Weight24& w, int64_t row, const float* x, int64_t
 template <int NT, class T>
 void few_tokens(const Weight24& w, const Matrix& x, int64_t t0, const T* bias, Activation24 f, Range rows,
                 const Matrix& y) {
-  constexpr int kRows = 4;
+  // Rows one after another read W as a single stream; with more tokens to multiply, four rows share the loads of x.
+  constexpr int kRows = NT == 1 ? 1 : 4;
   const float* in = static_cast<const float*>(x.data) + t0 * x.ld;
   for (int64_t i = rows.begin; i < rows.end; i += kLanes) {
     const int height = int(rows.end - i < kLanes ? rows.end - i : kLanes);
