@@ -2,16 +2,15 @@
 #pragma once
 
 #include "slkernels/semi24_gemm.h"
-#include "torch/tensor.h"
+#include "torch/semi24.h"
 
 namespace slk {
 
 Activation24 activation24_of(const char* op, const std::string& name);
-Layout24 layout24_of(const char* op, const std::string& name);
 
-// meta must be layout plain's for [n, m]; values too, in x's dtype.
-void check_meta24(const char* op, const Tensor& meta, int64_t n, int64_t m, const char* like_name, const Tensor& like);
-void check_plain24(const char* op, const Tensor& values, const Tensor& meta, int64_t n, int64_t m, const Tensor& x);
+// W [n, m] in `layout`, of x's dtype, on its device; contiguous.
+PackedTensors24 check_weight24(const char* op, const Tensor& values, const Tensor& meta, int64_t n, int64_t m,
+                               Layout24 layout, const Tensor& x);
 
 // [n], x's dtype and device.
 void check_bias24(const char* op, const std::optional<Tensor>& bias, int64_t n, const Tensor& x);
