@@ -4,6 +4,7 @@ Formats and layouts: include/slkernels/semi24.h.
 """
 
 from ._interop import from_torch_semi_structured, to_torch_semi_structured
+from ._linear import dw_compress24, linear24, linear24_packed, linear24_train
 from ._pack import (
     check24,
     compress24,
@@ -21,7 +22,11 @@ __all__ = [
     "compress24",
     "convert24",
     "decompress24",
+    "dw_compress24",
     "from_torch_semi_structured",
+    "linear24",
+    "linear24_packed",
+    "linear24_train",
     "mask_of24",
     "prune24",
     "prune_compress24",
