@@ -153,9 +153,21 @@ void srste_grad(DType type, const void* w, const uint8_t* mask, float lam, Range
   });
 }
 
+void relu2_backward(DType type, const void* y, const void* dy, Range elements, void* dx) {
+  with_float_type(type, [&](auto* tag) {
+    using T = Element<decltype(tag)>;
+    const T *square = static_cast<const T*>(y), *from = static_cast<const T*>(dy);
+    T* to = static_cast<T*>(dx);
+    int64_t i = elements.begin;
+    for (; i + kLanes <= elements.end; i += kLanes) store(to + i, sqrt(load(square + i)) * 2.f * load(from + i));
+    const int rest = int(elements.end - i);
+    if (rest) store_n(to + i, sqrt(load_n(square + i, rest)) * 2.f * load_n(from + i, rest), rest);
+  });
+}
+
 }  // namespace
 
 extern const MaskKernels mask_table;
-const MaskKernels mask_table = {soft_mask, soft_mask_backward, gate_to_mask, srste_grad};
+const MaskKernels mask_table = {soft_mask, soft_mask_backward, gate_to_mask, srste_grad, relu2_backward};
 
 }  // namespace slk::cpu::SLK_ISA

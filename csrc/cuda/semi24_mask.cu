@@ -215,6 +215,21 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// ---- relu2_backward24 -----------------------------------------------------------------------------------------------
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) relu2_backward_kernel(const T* y, const T* dy, int64_t count, T* dx) {
+  constexpr int kRun = 8;
+  for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kRun; i < count;
+       i += int64_t(gridDim.x) * kThreads * kRun) {
+    const auto square = load_run<kRun>(y + i, count - i);
+    auto d = load_run<kRun>(dy + i, count - i);
+#pragma unroll
+    for (int k = 0; k < kRun; ++k) d.set(k, Words<T>::sqrt(square[k]) * 2 * d[k]);
+    store_run(dx + i, count - i, d);
+  }
+}
+
 // f(null pointers of W's and the gates' element types).
 template <class F>
 cudaError_t with_gate_types(const GatedWeight24& x, F f) {
@@ -260,6 +275,17 @@ cudaError_t launch_srste_grad(DType type, const void* w, const uint8_t* mask, do
     using T = Pointee<decltype(tag)>;
     return launch(srste_grad_kernel<T>, unsigned(blocks < kMaxBlocks ? blocks : kMaxBlocks), kThreads, 0, stream,
                   static_cast<const T*>(w), mask, Sum<T>(lam), count, static_cast<T*>(grad));
+  });
+}
+
+cudaError_t launch_relu2_backward24(DType type, const void* y, const void* dy, int64_t count, void* dx,
+                                    cudaStream_t stream) {
+  if (count == 0) return cudaSuccess;
+  const int64_t blocks = ceil_div(count, 8 * kThreads);
+  return with_type(type, [&](auto* tag) {
+    using T = Pointee<decltype(tag)>;
+    return launch(relu2_backward_kernel<T>, unsigned(blocks < kMaxBlocks ? blocks : kMaxBlocks), kThreads, 0, stream,
+                  static_cast<const T*>(y), static_cast<const T*>(dy), count, static_cast<T*>(dx));
   });
 }
 

@@ -184,6 +184,37 @@ void srste_grad_(const Tensor& grad, const Tensor& W, const Tensor& mask, double
   });
 }
 
+// ---- relu2_backward24 -----------------------------------------------------------------------------------------------
+
+Tensor relu2_backward24(const Tensor& dvalues, const Tensor& values) {
+  constexpr const char* op = "relu2_backward24";
+  const DType type = dtype_of(op, "values", values);
+  check(shape_of(dvalues) == shape_of(values), op, "dvalues must be ", show(values), ", got ", show(dvalues));
+  check_same_dtype(op, "dvalues", dvalues, "values", values);
+  check_same_device(op, "dvalues", dvalues, "values", values);
+  const Tensor dx = empty_like_shape(values, shape_of(values));
+  if (values.numel() == 0) return dx;
+  const DeviceScope scope(values);
+  const Tensor squares = as_contiguous(values), from = as_contiguous(dvalues);
+  const void *y = squares.const_data_ptr(), *dy = from.const_data_ptr();
+  void* out = dx.mutable_data_ptr();
+#ifdef SLKERNELS_WITH_CUDA
+  if (is_cuda(values)) {
+    check_cuda(op, cuda::launch_relu2_backward24(type, y, dy, values.numel(), out,
+                                                 current_stream(op, values.get_device_index())));
+    return dx;
+  }
+#endif
+  parallel_for(values.numel(), kGrainElements, [&](int64_t begin, int64_t end) {
+    if (type == DType::f64)
+      cpu::relu2_backward_f64(static_cast<const double*>(y), static_cast<const double*>(dy), {begin, end},
+                              static_cast<double*>(out));
+    else
+      cpu::mask_kernels().relu2_backward(type, y, dy, {begin, end}, out);
+  });
+  return dx;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(slkernels, CPU, m) {
@@ -191,6 +222,7 @@ STABLE_TORCH_LIBRARY_IMPL(slkernels, CPU, m) {
   m.impl("maskllm24_backward", TORCH_BOX(&maskllm24_backward));
   m.impl("gate_to_mask", TORCH_BOX(&gate_to_mask));
   m.impl("srste_grad_", TORCH_BOX(&srste_grad_));
+  m.impl("relu2_backward24", TORCH_BOX(&relu2_backward24));
 }
 #ifdef SLKERNELS_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(slkernels, CUDA, m) {
@@ -198,6 +230,7 @@ STABLE_TORCH_LIBRARY_IMPL(slkernels, CUDA, m) {
   m.impl("maskllm24_backward", TORCH_BOX(&maskllm24_backward));
   m.impl("gate_to_mask", TORCH_BOX(&gate_to_mask));
   m.impl("srste_grad_", TORCH_BOX(&srste_grad_));
+  m.impl("relu2_backward24", TORCH_BOX(&relu2_backward24));
 }
 #endif
 

@@ -76,6 +76,7 @@ SLK_PER_ISA {
     SLK_HD static F divide(F a, F b) { return a / b; }
     SLK_HD static F log(F a) { return ::log(a); }
     SLK_HD static F exp2(F a) { return ::exp2(a); }
+    SLK_HD static F sqrt(F a) { return ::sqrt(a); }
   };
 
   // ---- scalars

@@ -6,6 +6,8 @@
 //                  pattern k;  dW = dY (*) M. Both make p anew: nothing of the gates' size is kept.
 //   gate_to_mask   the pattern of the largest gate; ties: the lowest code; NaN ranks highest
 //   srste_grad_    grad += lam (1 - mask) (*) W                    (SR-STE, arXiv 2102.04010)
+//   relu2_backward24    dx = 2 sqrt(y) dy of y = max(x, 0)^2, from y: for the values of a pruned activation, in any
+//                  layout, which is all that the backward keeps (relu2_prune24 is semi24_pack.h's)
 //
 // W [n, m], gate [n, G, 6] in the order of the codes, G = ceil(m / 4); contiguous. The noise is Gumbel noise as far as
 // p can tell (semi24_mask.cuh), a pure function of (seed, group). Arithmetic is fp32 (fp64 for fp64), one rounding at
@@ -48,6 +50,7 @@ struct MaskKernels {
                              void* dw);
   void (*gate_to_mask)(DType, const void* gate, int64_t m, Range groups, uint8_t* mask);
   void (*srste_grad)(DType, const void* w, const uint8_t* mask, float lam, Range elements, void* grad);
+  void (*relu2_backward)(DType, const void* y, const void* dy, Range elements, void* dx);
 };
 const MaskKernels& mask_kernels();
 
@@ -56,6 +59,7 @@ void soft_mask_backward_f64(const GatedWeight24&, const SoftMask24&, const doubl
                             double* dw);
 void gate_to_mask_f64(const double* gate, int64_t m, Range groups, uint8_t* mask);
 void srste_grad_f64(const double* w, const uint8_t* mask, double lam, Range elements, double* grad);
+void relu2_backward_f64(const double* y, const double* dy, Range elements, double* dx);
 
 }  // namespace cpu
 
@@ -75,6 +79,7 @@ cudaError_t launch_soft_mask24_backward(const GatedWeight24&, const SoftMask24&,
 cudaError_t launch_gate_to_mask24(DType, const void* gate, int64_t n, int64_t m, uint8_t* mask, cudaStream_t stream);
 cudaError_t launch_srste_grad(DType, const void* w, const uint8_t* mask, double lam, int64_t count, void* grad,
                               cudaStream_t stream);
+cudaError_t launch_relu2_backward24(DType, const void* y, const void* dy, int64_t count, void* dx, cudaStream_t stream);
 
 }  // namespace cuda
 #endif

@@ -1,5 +1,6 @@
 // Learned 2:4 masks in fp64, a group at a time: what gradient checks compare with. Contract: slkernels/semi24_mask.h.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "slkernels/semi24_mask.cuh"
@@ -69,6 +70,10 @@ void gate_to_mask_f64(const double* gate, int64_t m, Range groups, uint8_t* mask
 void srste_grad_f64(const double* w, const uint8_t* mask, double lam, Range elements, double* grad) {
   for (int64_t i = elements.begin; i < elements.end; ++i)
     if (!mask[i]) grad[i] += lam * w[i];
+}
+
+void relu2_backward_f64(const double* y, const double* dy, Range elements, double* dx) {
+  for (int64_t i = elements.begin; i < elements.end; ++i) dx[i] = 2 * std::sqrt(y[i]) * dy[i];
 }
 
 }  // namespace slk::cpu
