@@ -53,3 +53,18 @@ def maskllm_prior(gate: Tensor, mask: Tensor, strength: float = 3.0) -> Tensor:
         [(padded & torch.tensor(p, dtype=torch.bool, device=mask.device)).sum(-1) for p in PATTERNS], -1
     )
     return gate + (agreement - 1).to(gate.dtype) * gate.std() * strength
+
+
+def _top2(score: Tensor) -> Tensor:
+    """bool, score's shape: two of every four columns; the lower among equals, NaN highest."""
+    padded = F.pad(score, (0, -score.shape[1] % 4)).view(score.shape[0], -1, 4)
+    best = padded.argsort(-1, descending=True, stable=True)[..., :2]
+    return torch.zeros_like(padded, dtype=torch.bool).scatter_(-1, best, True).flatten(1)[:, : score.shape[1]]
+
+
+def relu2_prune24(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The dense matrices, [tokens, m] and [m, tokens], that :func:`slkernels.relu2_prune24` packs."""
+    y = F.relu(x).square()
+    mask = _top2(y.detach())
+    again = _top2(torch.where(mask, y.detach(), -1).t())
+    return torch.where(mask, y, 0), torch.where(mask.t() & again, y.t(), 0)

@@ -15,6 +15,7 @@ from ._pack import (
     repack24_perm,
     repack24_t_,
 )
+from ._relu2 import relu2_prune24
 
 __all__ = [
     "check24",
@@ -27,6 +28,7 @@ __all__ = [
     "maskllm_prior",
     "prune24",
     "prune_compress24",
+    "relu2_prune24",
     "repack24_perm",
     "repack24_t_",
     "srste_grad_",
