@@ -57,9 +57,10 @@ def maskllm_prior(gate: Tensor, mask: Tensor, strength: float = 3.0) -> Tensor:
 
 def _top2(score: Tensor) -> Tensor:
     """bool, score's shape: two of every four columns; the lower among equals, NaN highest."""
-    padded = F.pad(score, (0, -score.shape[1] % 4)).view(score.shape[0], -1, 4)
-    best = padded.argsort(-1, descending=True, stable=True)[..., :2]
-    return torch.zeros_like(padded, dtype=torch.bool).scatter_(-1, best, True).flatten(1)[:, : score.shape[1]]
+    n, m = score.shape
+    padded = F.pad(score, (0, -m % 4)).view(n, (m + 3) // 4, 4)
+    best = padded.sort(dim=-1, descending=True, stable=True).indices[..., :2]
+    return torch.zeros_like(padded, dtype=torch.bool).scatter_(-1, best, True).flatten(1)[:, :m]
 
 
 def relu2_prune24(x: Tensor) -> tuple[Tensor, Tensor]:

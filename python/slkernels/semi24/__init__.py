@@ -3,6 +3,7 @@
 Formats and layouts: include/slkernels/semi24.h.
 """
 
+from ._interop import from_torch_semi_structured, to_torch_semi_structured
 from ._mask import gate_to_mask, maskllm24, maskllm_prior, srste_grad_
 from ._pack import (
     check24,
@@ -22,6 +23,7 @@ __all__ = [
     "compress24",
     "convert24",
     "decompress24",
+    "from_torch_semi_structured",
     "gate_to_mask",
     "mask_of24",
     "maskllm24",
@@ -32,4 +34,5 @@ __all__ = [
     "repack24_perm",
     "repack24_t_",
     "srste_grad_",
+    "to_torch_semi_structured",
 ]
