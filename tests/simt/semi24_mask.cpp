@@ -164,6 +164,18 @@ void check_srste(int64_t count, int offset) {
 }
 
 template <class T>
+void check_relu2_backward(int64_t count, int offset) {
+  std::vector<T> y = draw<T>(count, 8);
+  const std::vector<T> dy = draw<T>(count, 9);
+  for (T& v : y) v = rounded(number(v) * number(v), false, 0, T());
+  const Shifted<T> device_y(y, offset), device_dy(dy, offset), dx(y, offset);
+  cuda::launch_relu2_backward24(type_of(T()), device_y.get(), device_dy.get(), count, dx.get(), nullptr);
+  std::vector<T> want = y;
+  for (int64_t i = 0; i < count; ++i) want[i] = rounded(std::sqrt(number(y[i])) * 2 * number(dy[i]), false, 0, T());
+  expect(same(dx.host(), want), "relu2_backward24");
+}
+
+template <class T>
 void check_type() {
   for (const int offset : {0, 1}) {
     check_soft_mask<T, float>(3, 40, offset);
@@ -173,6 +185,7 @@ void check_type() {
     check_gate_to_mask<T>(4, 7, offset);
     check_srste<T>(3 * 256 * 8 + 3, offset);
     check_srste<T>(5, offset);
+    check_relu2_backward<T>(2053, offset);
   }
   check_soft_mask<T, T>(1, 1, 0);
   check_soft_mask<T, T>(300, 9, 0);
