@@ -20,6 +20,8 @@ FILES = [
     "test_project_random.py",
     "test_semi24.py",
     "test_semi24_linear.py",
+    "test_semi24_mask.py",
+    "test_semi24_relu2.py",
     "test_sl.py",
     "test_sparse.py",
     "test_sparse_compose.py",

@@ -290,6 +290,13 @@ void pack_edge(const T* w, const T* score, int64_t ld, int height, int width, Bl
     }
 }
 
+template <class T, Prune24 kBy>
+SLK_INLINE void pack_any(const T* w, const T* score, int64_t ld, int height, int width, Block<T>& block) {
+  if constexpr (!std::is_same_v<T, double>)
+    if (height == kSide && width == kSide) return pack_block<T, kBy>(w, score, ld, block);
+  pack_edge<T, kBy>(w, score, ld, height, width, block);
+}
+
 // The first `columns` columns of `count` rows of a block's metadata, to the rows from `row` and the columns from
 // `column` of the pack.
 void put_meta(const Packed24& pack, const uint8_t (&meta)[kSide][kLanes / 2], int64_t row, int count, int64_t column,
@@ -312,8 +319,47 @@ void put_meta(const Packed24& pack, const uint8_t (&meta)[kSide][kLanes / 2], in
   }
 }
 
-template <class T, Prune24 kBy>
-void pack_tiles(const T* w, const T* score, Range tiles, const Packed24& pack, const Packed24& pack_t) {
+// Where the blocks of W [n, m] are read: in place.
+template <class T>
+struct InPlace {
+  const T *w, *score;
+  int64_t m;
+
+  template <Prune24 kBy>
+  SLK_INLINE void pack(int64_t i, int64_t j, int height, int width, Block<T>& block) {
+    const int64_t at = i * m + j;
+    pack_any<T, kBy>(w + at, score + at, m, height, width, block);
+  }
+};
+
+// max(x, 0)^2 in the order of the rows of W, rounded to T. NaN stays NaN.
+template <class T>
+SLK_INLINE void relu2(const T* x, int count, T* out) {
+  for (int i = 0; i < count; i += kLanes) {
+    const V v = max(zero(), count - i < kLanes ? load_n(x + i, count - i) : load(x + i));
+    store(out + i, v * v);  // the block has room for whole vectors
+  }
+}
+SLK_INLINE void relu2(const double* x, int count, double* out) {
+  for (int i = 0; i < count; ++i) out[i] = x[i] < 0 ? 0 : x[i] * x[i];
+}
+
+// W = max(x, 0)^2, a block at a time, which stays in L1.
+template <class T>
+struct Relu2 {
+  const T* x;
+  int64_t m;
+  alignas(64) T squares[kSide * kSide];
+
+  template <Prune24 kBy>
+  SLK_INLINE void pack(int64_t i, int64_t j, int height, int width, Block<T>& block) {
+    for (int r = 0; r < height; ++r) relu2(x + (i + r) * m + j, width, squares + r * kSide);
+    pack_any<T, kBy>(squares, squares, kSide, height, width, block);
+  }
+};
+
+template <class T, Prune24 kBy, class Source>
+void pack_tiles(Source& source, Range tiles, const Packed24& pack, const Packed24& pack_t) {
   const int64_t n = pack.n, m = pack.m;
   Block<T> block;
   block.rows.ld = pack.row_values();
@@ -322,18 +368,10 @@ void pack_tiles(const T* w, const T* score, Range tiles, const Packed24& pack, c
   for (int64_t panel = 0; panel < m; panel += kPanelColumns)
     for (int64_t i = 4 * tiles.begin; i < end; i += kSide)
       for (int64_t j = panel; j < m && j < panel + kPanelColumns; j += kSide) {
-        const int64_t at = i * m + j;
         const int height = int(n - i < kSide ? n - i : kSide), width = int(m - j < kSide ? m - j : kSide);
         block.rows.values = static_cast<T*>(pack.values) + i * block.rows.ld + j / 2;
         block.columns.values = static_cast<T*>(pack_t.values) + j * block.columns.ld + i / 2;
-        if constexpr (std::is_same_v<T, double>) {
-          pack_edge<T, kBy>(w + at, score + at, m, height, width, block);
-        } else {
-          if (height == kSide && width == kSide)
-            pack_block<T, kBy>(w + at, score + at, m, block);
-          else
-            pack_edge<T, kBy>(w + at, score + at, m, height, width, block);
-        }
+        source.template pack<kBy>(i, j, height, width, block);
         put_meta(pack, block.rows.meta, i, height, j, width);
         put_meta(pack_t, block.columns.meta, j, width, i, height);
       }
@@ -357,17 +395,27 @@ void prune_compress(DType dtype, const void* w, const void* score, Prune24 by, R
                     const Packed24& pack_t) {
   with_type(dtype, [&](auto* type) {
     using T = Element<decltype(type)>;
-    const T *from = static_cast<const T*>(w), *rank_by = static_cast<const T*>(score);
+    InPlace<T> source{static_cast<const T*>(w), static_cast<const T*>(score), pack.m};
     if (by == Prune24::rows)
-      pack_tiles<T, Prune24::rows>(from, rank_by, tiles, pack, pack_t);
+      pack_tiles<T, Prune24::rows>(source, tiles, pack, pack_t);
     else
-      pack_tiles<T, Prune24::transposable>(from, rank_by, tiles, pack, pack_t);
+      pack_tiles<T, Prune24::transposable>(source, tiles, pack, pack_t);
+  });
+}
+
+void relu2_prune(DType dtype, const void* x, Range tiles, const Packed24& pack, const Packed24& pack_t) {
+  with_type(dtype, [&](auto* type) {
+    using T = Element<decltype(type)>;
+    Relu2<T> source;
+    source.x = static_cast<const T*>(x);
+    source.m = pack.m;
+    pack_tiles<T, Prune24::rows>(source, tiles, pack, pack_t);
   });
 }
 
 }  // namespace
 
 extern const Pack24Kernels pack24_table;
-const Pack24Kernels pack24_table = {prune, prune_compress};
+const Pack24Kernels pack24_table = {prune, prune_compress, relu2_prune};
 
 }  // namespace slk::cpu::SLK_ISA

@@ -186,29 +186,53 @@ Tensor prune24(const Tensor& W, std::string by, MaybeTensor score) {
   return mask;
 }
 
+// A new [n, m] weight and its transpose.
+struct BothWays {
+  PackedTensors24 t, t_t;
+  Packed24 pack, pack_t;
+
+  BothWays(const Tensor& like, Layout24 layout)
+      : t(new_packed24(like, like.size(0), like.size(1), layout)),
+        t_t(new_packed24(like, like.size(1), like.size(0), layout)),
+        pack(view24(t, like.size(0), like.size(1), layout)),
+        pack_t(view24(t_t, like.size(1), like.size(0), layout)) {}
+  std::tuple<Tensor, Tensor, Tensor, Tensor> tensors() const { return {t.values, t.meta, t_t.values, t_t.meta}; }
+};
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> prune_compress24(const Tensor& W, std::string by, MaybeTensor score,
                                                             std::string layout_name) {
   constexpr const char* op = "prune_compress24";
   const Layout24 layout = layout24_of(op, "layout", layout_name);
   const Scored in = check_scored(op, W, score, layout);
   const Prune24 how = prune24_of(op, by);
-  const int64_t n = W.size(0), m = W.size(1);
-  const PackedTensors24 t = new_packed24(W, n, m, layout), t_t = new_packed24(W, m, n, layout);
-  const Packed24 pack = view24(t, n, m, layout), pack_t = view24(t_t, m, n, layout);
-  if (n > 0 && m > 0) {
+  const BothWays out(W, layout);
+  if (W.numel() == 0) return out.tensors();
 #ifdef SLKERNELS_WITH_CUDA
-    if (is_cuda(W)) {
-      const DeviceScope scope(W);
-      cuda::prune_compress24(in.W, in.score, how, pack, pack_t);
-      return {t.values, t.meta, t_t.values, t_t.meta};
-    }
-#endif
-    parallel_tiles(n, m, [&](Range tiles) {
-      cpu::pack24_kernels().prune_compress(dtype_of(op, "W", W), in.W.const_data_ptr(), in.score.const_data_ptr(), how,
-                                           tiles, pack, pack_t);
-    });
+  if (is_cuda(W)) {
+    const DeviceScope scope(W);
+    cuda::prune_compress24(in.W, in.score, how, out.pack, out.pack_t);
+    return out.tensors();
   }
-  return {t.values, t.meta, t_t.values, t_t.meta};
+#endif
+  parallel_tiles(W.size(0), W.size(1), [&](Range tiles) {
+    cpu::pack24_kernels().prune_compress(dtype_of(op, "W", W), in.W.const_data_ptr(), in.score.const_data_ptr(), how,
+                                         tiles, out.pack, out.pack_t);
+  });
+  return out.tensors();
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> relu2_prune24(const Tensor& x, std::string layout_name) {
+  constexpr const char* op = "relu2_prune24";
+  const Layout24 layout = layout24_of(op, "layout", layout_name);
+  check(x.dim() == 2, op, "x must be [tokens, m], got ", slk::show(x));
+  const DType dtype = check_dtype(op, "x", x, layout);
+  const Tensor from = as_contiguous(x);
+  const BothWays out(x, layout);
+  if (x.numel() == 0) return out.tensors();
+  parallel_tiles(x.size(0), x.size(1), [&](Range tiles) {
+    cpu::pack24_kernels().relu2_prune(dtype, from.const_data_ptr(), tiles, out.pack, out.pack_t);
+  });
+  return out.tensors();
 }
 
 // ---- compress24, decompress24 ---------------------------------------------------------------------------------------
@@ -378,6 +402,7 @@ void repack24_t_(const Tensor& values_t, const Tensor& values, const Tensor& per
 STABLE_TORCH_LIBRARY_IMPL(slkernels, CPU, m) {
   m.impl("prune24", TORCH_BOX(&prune24));
   m.impl("prune_compress24", TORCH_BOX(&prune_compress24));
+  m.impl("relu2_prune24", TORCH_BOX(&relu2_prune24));
   m.impl("compress24", TORCH_BOX(&compress24));
   m.impl("decompress24", TORCH_BOX(&decompress24));
   m.impl("mask_of24", TORCH_BOX(&mask_of24));

@@ -32,6 +32,8 @@ struct Pack24Kernels {
   // W's pack and, pruned again by rows, W_t's, from one pass over W [n, m]. score may be w. Not f64 in packed layouts.
   void (*prune_compress)(DType, const void* w, const void* score, Prune24, Range tiles, const Packed24& pack,
                          const Packed24& pack_t);
+  // The same by rows of max(x, 0)^2, rounded to x's type.
+  void (*relu2_prune)(DType, const void* x, Range tiles, const Packed24& pack, const Packed24& pack_t);
 };
 const Pack24Kernels& pack24_kernels();
 

@@ -38,11 +38,16 @@ from .semi24 import (
     linear24,
     linear24_packed,
     linear24_train,
+    gate_to_mask,
     mask_of24,
+    maskllm24,
+    maskllm_prior,
     prune24,
     prune_compress24,
+    relu2_prune24,
     repack24_perm,
     repack24_t_,
+    srste_grad_,
 )
 from .sl import sl_linear
 from .sparse import (
@@ -84,6 +89,7 @@ __all__ = [
     "dequantize_block",
     "dequantize_group",
     "dw_compress24",
+    "gate_to_mask",
     "gather_support",
     "gemm",
     "grad_carrier",
@@ -92,6 +98,8 @@ __all__ = [
     "linear24_train",
     "lowrank_linear",
     "mask_of24",
+    "maskllm24",
+    "maskllm_prior",
     "momentum_q_",
     "nn",
     "optim",
@@ -109,6 +117,7 @@ __all__ = [
     "random_blocks8",
     "random_support",
     "randomized_range",
+    "relu2_prune24",
     "repack24_perm",
     "repack24_t_",
     "sddmm",
@@ -116,5 +125,6 @@ __all__ = [
     "sl_linear",
     "spmm",
     "spmm_t",
+    "srste_grad_",
     "w8a16_linear",
 ]

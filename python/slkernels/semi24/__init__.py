@@ -5,6 +5,7 @@ Formats and layouts: include/slkernels/semi24.h.
 
 from ._interop import from_torch_semi_structured, to_torch_semi_structured
 from ._linear import dw_compress24, linear24, linear24_packed, linear24_train
+from ._mask import gate_to_mask, maskllm24, maskllm_prior, srste_grad_
 from ._pack import (
     check24,
     compress24,
@@ -16,6 +17,7 @@ from ._pack import (
     repack24_perm,
     repack24_t_,
 )
+from ._relu2 import relu2_prune24
 
 __all__ = [
     "check24",
@@ -27,10 +29,15 @@ __all__ = [
     "linear24",
     "linear24_packed",
     "linear24_train",
+    "gate_to_mask",
     "mask_of24",
+    "maskllm24",
+    "maskllm_prior",
     "prune24",
     "prune_compress24",
+    "relu2_prune24",
     "repack24_perm",
     "repack24_t_",
+    "srste_grad_",
     "to_torch_semi_structured",
 ]

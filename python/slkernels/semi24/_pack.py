@@ -61,7 +61,8 @@ def _check_matrix(op: str, name: str, t: Tensor) -> None:
     check(t.dim() == 2, op, lambda: f"{name} must be [n, m], got {list(t.shape)}")
 
 
-def _check_layout(op: str, layout: str, values: Tensor | None = None, argument: str = "layout") -> None:
+def check_layout(op: str, layout: str, values: Tensor | None = None, argument: str = "layout") -> None:
+    """Checks the layout's name, and that ``values`` have a dtype that it takes."""
     check(layout in LAYOUTS, op, lambda: f"{argument} must be plain, sm80 or sm90, got {layout}")
     if values is not None:
         check(
@@ -101,12 +102,13 @@ def check_meta(op: str, meta: Tensor, n, m, layout: str, name: str = "meta") -> 
 
 def check_packed(op: str, values: Tensor, meta: Tensor, n, m, layout: str) -> None:
     """Checks shapes and dtypes of an [n, m] weight in ``layout``."""
-    _check_layout(op, layout, values)
+    check_layout(op, layout, values)
     check_meta(op, meta, n, m, layout)
     _check_shape(op, "values", values, values_shape(n, m, layout))
 
 
-def _new_packed(like: Tensor, n, m, layout: str) -> tuple[Tensor, Tensor]:
+def new_packed(like: Tensor, n, m, layout: str) -> tuple[Tensor, Tensor]:
+    """Empty (values, meta) of an [n, m] weight of ``like``'s dtype."""
     meta = like.new_empty(meta_shape(n, m, layout), dtype=meta_dtype(layout))
     return like.new_empty(values_shape(n, m, layout)), meta
 
@@ -153,8 +155,8 @@ def _compress_fake(W, mask, layout="plain", validate=True):
     _check_matrix(op, "W", W)
     _check_shape(op, "mask", mask, W.shape)
     check(mask.dtype == torch.bool, op, lambda: f"mask must be bool, got {_name(mask.dtype)}")
-    _check_layout(op, layout, W)
-    return _new_packed(W, W.shape[0], W.shape[1], layout)
+    check_layout(op, layout, W)
+    return new_packed(W, W.shape[0], W.shape[1], layout)
 
 
 def _compress_setup(ctx, inputs, output):
@@ -237,13 +239,13 @@ def decompress24(values: Tensor, meta: Tensor, n: int, m: int, layout: str = "pl
 
 
 def _mask_of_fake(meta, n, m, layout="plain"):
-    _check_layout("mask_of24", layout)
+    check_layout("mask_of24", layout)
     check_meta("mask_of24", meta, n, m, layout)
     return meta.new_empty((n, m), dtype=torch.bool)
 
 
 def _check_fake(meta, n, m, layout="plain"):
-    _check_layout("check24", layout)
+    check_layout("check24", layout)
     check_meta("check24", meta, n, m, layout)
 
 
@@ -269,9 +271,9 @@ def check24(meta: Tensor, n: int, m: int, layout: str = "plain") -> None:
 def _prune_compress_fake(W, by="row", score=None, layout="plain"):
     op = "prune_compress24"
     _check_by(op, by, W, score)
-    _check_layout(op, layout, W)
+    check_layout(op, layout, W)
     n, m = W.shape
-    return *_new_packed(W, n, m, layout), *_new_packed(W, m, n, layout)
+    return *new_packed(W, n, m, layout), *new_packed(W, m, n, layout)
 
 
 def _prune_compress_setup(ctx, inputs, output):
@@ -326,10 +328,10 @@ def prune_compress24(
 
 def _convert_fake(values, meta, n, m, source, target):
     op = "convert24"
-    _check_layout(op, source, values, "source")
-    _check_layout(op, target, values, "target")
+    check_layout(op, source, values, "source")
+    check_layout(op, target, values, "target")
     check_packed(op, values, meta, n, m, source)
-    return _new_packed(values, n, m, target)
+    return new_packed(values, n, m, target)
 
 
 def _convert_setup(ctx, inputs, output):
