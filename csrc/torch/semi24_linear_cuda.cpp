@@ -88,8 +88,8 @@ void check_pack(const char* op, const Tensor& values, const Tensor& meta, Layout
           columns / 16, "] for W [", n, ", ", m, "], got ", show(meta));
     check(meta.scalar_type() == ScalarType::Short, op, "meta must be int16, got ", show(meta.scalar_type()));
   } else {
-    check(meta.dim() == 1 && meta.size(0) == rows * columns / 8, op, "meta must be [", rows * columns / 8,
-          "] for W [", n, ", ", m, "], got ", show(meta));
+    check(meta.dim() == 1 && meta.size(0) == rows * columns / 8, op, "meta must be [", rows * columns / 8, "] for W [",
+          n, ", ", m, "], got ", show(meta));
     check(meta.scalar_type() == ScalarType::Byte, op, "meta must be uint8, got ", show(meta.scalar_type()));
   }
 }

@@ -14,6 +14,15 @@ namespace slk {
 
 enum class Activation24 : int { none, relu, silu, gelu, relu2 };  // gelu with erf; relu2 = max(z, 0)^2
 
+// Whether a GPU's sparse tensor cores are expected to be faster than the dense product of the same sizes: by what is
+// published of cuSPARSELt on an H100 (bf16: 0.75 of cuBLAS at 1024^3, 0.97 at 2048^3, 1.5 and more from 4096^3 on). Few
+// tokens leave most of a tile empty. Ours are not measured yet (docs/semi24_cuda.md).
+constexpr int64_t kSparsePaysTokens24 = 512;
+constexpr double kSparsePaysWork24 = 2048.0 * 2048.0 * 2048.0;
+constexpr bool sparse_pays24(int64_t tokens, int64_t n, int64_t m) {
+  return tokens >= kSparsePaysTokens24 && double(tokens) * double(n) * double(m) > kSparsePaysWork24;
+}
+
 #if defined(SLKERNELS_WITH_CUDA) || defined(__CUDACC__)
 namespace cuda {
 
@@ -29,6 +38,11 @@ struct Linear24Args {
 // Asynchronous on `stream`. Deterministic: an element of y is summed in one block, over k ascending.
 cudaError_t launch_linear24_sm80(DType, const Linear24Args&, cudaStream_t stream);  // layout sm80; mma.sp.sync
 cudaError_t launch_linear24_sm90(DType, const Linear24Args&, cudaStream_t stream);  // layout sm90; CUTLASS, wgmma.sp
+
+// dvalues at `rows` of the pack: W's elements at the slots of meta, W's row rows.begin at w, rows m apart; zeros at
+// padding. meta and dvalues as a whole, in `layout`; any float type, packed layouts of the 16-bit ones.
+cudaError_t launch_gather24(DType, const void* w, const void* meta, int64_t n, int64_t m, Layout24 layout, Range rows,
+                            void* dvalues, cudaStream_t stream);
 
 }  // namespace cuda
 #endif
