@@ -53,7 +53,7 @@ cudaError_t launch_gather24(DType dtype, const void* w, const void* meta, int64_
     case DType::f32:
       return launch_words<uint32_t>(w, meta, n, m, layout, rows, dvalues, stream);
     case DType::f64:
-      return launch_words<uint64_t>(w, meta, n, m, layout, rows, dvalues, stream);
+      break;
   }
   return cudaErrorInvalidValue;
 }

@@ -41,6 +41,12 @@ Tensor aligned(const Tensor& t) {
   return torch::stable::copy_(copy, dense);
 }
 
+DType float_of(const char* op, const char* name, const Tensor& t) {
+  const DType dtype = dtype_of(op, name, t);
+  check(dtype != DType::f64, op, name, " must be float32, bfloat16 or float16 on CUDA, got float64");
+  return dtype;
+}
+
 bool is_half(const Tensor& t) {
   return t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half;
 }
@@ -53,14 +59,6 @@ Packed empty_pack(const Tensor& like, Layout24 layout, int64_t n, int64_t m) {
   if (layout == Layout24::sm80)
     return {values, empty_like_shape(like, {rows, columns / 16}, ScalarType::Short), layout, n, m};
   return {values, empty_like_shape(like, {rows * columns / 8}, ScalarType::Byte), layout, n, m};
-}
-
-Packed packed_for(const char* op, const Device& device, const Packed& w, Layout24 layout) {
-  const Packed out = empty_pack(w.values, layout, w.n, w.m);
-  check_cuda(op, cuda::launch_convert24(dtype_of(op, "values", w.values), w.values.const_data_ptr(),
-                                        w.meta.const_data_ptr(), w.n, w.m, w.layout, layout,
-                                        out.values.mutable_data_ptr(), out.meta.mutable_data_ptr(), device.stream(op)));
-  return out;
 }
 
 // W with zeros where it was pruned.
@@ -131,7 +129,7 @@ Tensor sparse_product(const char* op, const Device& device, const Tensor& x, con
   const Tensor rows = with_aligned_rows(x);
   const Tensor bias = end.bias ? as_contiguous(*end.bias) : Tensor();
   const int64_t ld_y = sm90 ? round_up(w.n, 8) : w.n;  // TMA stores rows that start at multiples of 16 bytes
-  const Tensor y = empty_like_shape(x, {tokens, ld_y});
+  Tensor y = empty_like_shape(x, {tokens, ld_y});
   const cuda::Linear24Args args = {w.values.const_data_ptr(),
                                    w.meta.const_data_ptr(),
                                    rows.const_data_ptr(),
@@ -145,12 +143,24 @@ Tensor sparse_product(const char* op, const Device& device, const Tensor& x, con
                                    end.activation};
   const DType dtype = dtype_of(op, "x", x);
   check_cuda(op, (sm90 ? cuda::launch_linear24_sm90 : cuda::launch_linear24_sm80)(dtype, args, device.stream(op)));
-  if (ld_y == w.n) return y;
-  return torch::stable::contiguous(torch::stable::narrow(const_cast<Tensor&>(y), 1, 0, w.n));
+  return ld_y == w.n ? y : torch::stable::contiguous(torch::stable::narrow(y, 1, 0, w.n));
 }
 
 Layout24 layout_of_device(const char* op, const Device& device) {
   return picks_sm90(op, "auto", device.index) ? Layout24::sm90 : Layout24::sm80;
+}
+
+// w as the device's kernel reads it. Layout sm80 runs on every GPU from compute capability 8.0 on, sm90 on 9.0 only.
+Packed for_device(const char* op, const Device& device, const Packed& w) {
+  const Layout24 own = layout_of_device(op, device);
+  check(w.layout != Layout24::sm90 || own == Layout24::sm90, op,
+        "layout sm90 needs a GPU of compute capability 9.0; convert24 to sm80");
+  if (w.layout != Layout24::plain) return w;
+  const Packed out = empty_pack(w.values, own, w.n, w.m);
+  check_cuda(op, cuda::launch_convert24(dtype_of(op, "values", w.values), w.values.const_data_ptr(),
+                                        w.meta.const_data_ptr(), w.n, w.m, w.layout, own, out.values.mutable_data_ptr(),
+                                        out.meta.mutable_data_ptr(), device.stream(op)));
+  return out;
 }
 
 bool picks_sparse(const char* op, const std::string& path, const Tensor& x, int64_t n) {
@@ -164,20 +174,17 @@ Tensor product(const char* op, const Tensor& x, const Tensor& values, const Tens
                const std::optional<Tensor>& bias, const std::string& activation, const std::string& path) {
   const Epilogue end = {bias, activation24_of(op, activation)};
   const int64_t m = columns_of(op, "x", x);
-  dtype_of(op, "x", x);
+  float_of(op, "x", x);
   check_pack(op, values, meta, layout, n, m, x);
   check_bias24(op, bias, n, x);
   const Device device(x);
   const Tensor x2 = as_tokens(op, "x", x, m);
-  Packed w = {aligned(values), aligned(meta), layout, n, m};
+  const Packed w = {aligned(values), aligned(meta), layout, n, m};
   const bool empty = x2.size(0) == 0 || n == 0 || m == 0;
   // What is packed already is multiplied as it is: to decompress it first costs more than any dense product gains.
   const bool sparse = picks_sparse(op, path == "auto" && layout != Layout24::plain ? "sparse" : path, x2, n) && !empty;
-  if (sparse) {
-    picks_sm90(op, layout == Layout24::sm90 ? "sm90" : "auto", device.index);
-    if (layout == Layout24::plain) w = packed_for(op, device, w, layout_of_device(op, device));
-  }
-  const Tensor y = (sparse ? sparse_product : dense_product)(op, device, x2, w, end);
+  const Tensor y =
+      sparse ? sparse_product(op, device, x2, for_device(op, device, w), end) : dense_product(op, device, x2, w, end);
   Shape shape = shape_of(x);
   shape.back() = n;
   return torch::stable::view(y, {shape.data(), shape.size()});
@@ -197,7 +204,7 @@ Tensor linear24_packed(const Tensor& x, const Tensor& values, const Tensor& meta
 // dx = dy W without a transposed pack: a dense product.
 Tensor linear24_dx(const Tensor& dy, const Tensor& values, const Tensor& meta, int64_t m) {
   const char* op = "_linear24_dx";
-  dtype_of(op, "dy", dy);
+  float_of(op, "dy", dy);
   const int64_t n = columns_of(op, "dy", dy);
   check_plain24(op, values, meta, n, m, dy);
   const Device device(dy);
@@ -212,7 +219,7 @@ Tensor linear24_dx(const Tensor& dy, const Tensor& values, const Tensor& meta, i
 Tensor dw_compress24(const Tensor& dy, const Tensor& x, const Tensor& meta, std::string layout_name) {
   const char* op = "dw_compress24";
   const Layout24 layout = layout24_of(op, layout_name);
-  const DType dtype = dtype_of(op, "x", x);
+  const DType dtype = float_of(op, "x", x);
   const int64_t n = columns_of(op, "dy", dy), m = columns_of(op, "x", x);
   check_same_dtype(op, "dy", dy, "x", x);
   check_same_device(op, "dy", dy, "x", x);
@@ -224,13 +231,12 @@ Tensor dw_compress24(const Tensor& dy, const Tensor& x, const Tensor& meta, std:
   const Tensor codes = aligned(meta);
   const int64_t panel_rows = std::min(kPanelRows, n);
   Tensor panel = empty_like_shape(x, {panel_rows, m});
-  const Tensor dy_t = t2(dy2);
+  Tensor dy_t = t2(dy2);
   for (int64_t row = 0; row < padded_rows24(layout, n); row += kPanelRows) {
     const Range rows = {row, std::min(padded_rows24(layout, n), row + kPanelRows)};
     const int64_t dense_rows = std::clamp<int64_t>(n - row, 0, kPanelRows);
-    Tensor dw = torch::stable::narrow(panel, 0, 0, dense_rows);
-    Tensor dy_rows = dy_t;
-    if (dense_rows > 0) addmm_out(dw, dw, torch::stable::narrow(dy_rows, 0, row, dense_rows), x2, 0, 1);
+    const Tensor dw = torch::stable::narrow(panel, 0, 0, dense_rows);
+    if (dense_rows > 0) addmm_out(dw, dw, torch::stable::narrow(dy_t, 0, row, dense_rows), x2, 0, 1);
     check_cuda(op, cuda::launch_gather24(dtype, panel.const_data_ptr(), codes.const_data_ptr(), n, m, layout, rows,
                                          dvalues.mutable_data_ptr(), device.stream(op)));
   }

@@ -40,7 +40,7 @@ cudaError_t launch_linear24_sm80(DType, const Linear24Args&, cudaStream_t stream
 cudaError_t launch_linear24_sm90(DType, const Linear24Args&, cudaStream_t stream);  // layout sm90; CUTLASS, wgmma.sp
 
 // dvalues at `rows` of the pack: W's elements at the slots of meta, W's row rows.begin at w, rows m apart; zeros at
-// padding. meta and dvalues as a whole, in `layout`; any float type, packed layouts of the 16-bit ones.
+// padding. meta and dvalues as a whole, in `layout`; f32, bf16 or f16.
 cudaError_t launch_gather24(DType, const void* w, const void* meta, int64_t n, int64_t m, Layout24 layout, Range rows,
                             void* dvalues, cudaStream_t stream);
 
