@@ -32,6 +32,7 @@
 #include "cuda/types.cuh"
 #include "slkernels/ptx/ldmatrix.h"
 #include "slkernels/ptx/mma_sp.h"
+#include "slkernels/semi24_activation.cuh"
 #include "slkernels/semi24_gemm.h"
 
 namespace slk::cuda::linear24_sm80 {
@@ -202,22 +203,6 @@ __device__ void multiply_tiles(const Linear24Args& g, int64_t first_n, int64_t f
   static_assert(kSteps % 2 == 0, "step 0 of every tile finds its W in w[0]");
 }
 
-__device__ inline float activate(Activation24 activation, float z) {
-  switch (activation) {
-    case Activation24::none:
-      return z;
-    case Activation24::relu:
-      return z < 0 ? 0 : z;  // NaN stays
-    case Activation24::silu:
-      return z / (1 + expf(-z));
-    case Activation24::gelu:
-      return 0.5f * z * (1 + erff(z * 0.70710678f));
-    case Activation24::relu2:
-      return z < 0 ? 0 : z * z;
-  }
-  return z;
-}
-
 // D leaves transposed, as rows of y, through shared memory, where it lies as fp32 [tokens, features]: activations and
 // the rounding then run over eight neighbouring features a thread, in a loop that is not unrolled over 128 registers.
 // Half of the tokens at a time: what x's halves are.
@@ -267,7 +252,7 @@ __device__ void store_tile(const Linear24Args& g, int64_t first_n, int64_t first
       const float z[kChunk] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
       Vector<T> y;
 #pragma unroll
-      for (int e = 0; e < kChunk; ++e) y.at[e] = narrow<T>(activate(g.activation, z[e] + bias[e]));
+      for (int e = 0; e < kChunk; ++e) y.at[e] = narrow<T>(activate24(g.activation, z[e] + bias[e]));
       T* to = static_cast<T*>(g.y) + t * g.ld_y + n;
       if (whole) {
         *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&y);

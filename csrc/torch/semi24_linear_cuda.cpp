@@ -11,7 +11,7 @@
 namespace slk {
 namespace {
 
-// Rows of the dense dW that dw_compress24 holds at a time: enough for the dense library to fill the device, few enough
+// Rows of the dense dW that panels_dw holds at a time: enough for the dense library to fill the device, few enough
 // for the panel to be read again from L2.
 constexpr int64_t kPanelRows = 1024;
 
@@ -215,11 +215,46 @@ Tensor linear24_dx(const Tensor& dy, const Tensor& values, const Tensor& meta, i
   return torch::stable::view(dx, {shape.data(), shape.size()});
 }
 
-// dW in panels of rows by the dense library, of which a kernel keeps the slots.
+struct Gradient {
+  Tensor dy, x, meta, dvalues;
+  Layout24 layout;
+  int64_t n, m;
+};
+
+// The kernel that keeps the slots of its own accumulators.
+void fused_dw(const char* op, const Device& device, const Gradient& g) {
+  const Tensor dy = with_aligned_rows(g.dy), x = with_aligned_rows(g.x);
+  const cuda::DwCompress24Args args = {dy.const_data_ptr(),
+                                       x.const_data_ptr(),
+                                       g.meta.const_data_ptr(),
+                                       g.dvalues.mutable_data_ptr(),
+                                       g.n,
+                                       g.m,
+                                       x.size(0),
+                                       row_distance(dy),
+                                       row_distance(x),
+                                       g.layout};
+  check_cuda(op, cuda::launch_dw_compress24_sm80(dtype_of(op, "x", x), args, device.stream(op)));
+}
+
+// dW by the dense library, a panel of rows at a time, of which a kernel keeps the slots.
+void panels_dw(const char* op, const Device& device, const Gradient& g) {
+  const int64_t stored_rows = padded_rows24(g.layout, g.n);
+  Tensor panel = empty_like_shape(g.x, {std::min(kPanelRows, g.n), g.m}), dy_t = t2(g.dy);
+  for (int64_t row = 0; row < stored_rows; row += kPanelRows) {
+    const int64_t rows = std::clamp<int64_t>(g.n - row, 0, kPanelRows);  // of W; the rest is padding
+    const Tensor dw = torch::stable::narrow(panel, 0, 0, rows);
+    if (rows > 0) addmm_out(dw, dw, torch::stable::narrow(dy_t, 0, row, rows), g.x, 0, 1);
+    check_cuda(op, cuda::launch_gather24(dtype_of(op, "x", g.x), panel.const_data_ptr(), g.meta.const_data_ptr(), g.n,
+                                         g.m, g.layout, {row, std::min(stored_rows, row + kPanelRows)},
+                                         g.dvalues.mutable_data_ptr(), device.stream(op)));
+  }
+}
+
 Tensor dw_compress24(const Tensor& dy, const Tensor& x, const Tensor& meta, std::string layout_name) {
   const char* op = "dw_compress24";
   const Layout24 layout = layout24_of(op, layout_name);
-  const DType dtype = float_of(op, "x", x);
+  float_of(op, "x", x);
   const int64_t n = columns_of(op, "dy", dy), m = columns_of(op, "x", x);
   check_same_dtype(op, "dy", dy, "x", x);
   check_same_device(op, "dy", dy, "x", x);
@@ -228,18 +263,10 @@ Tensor dw_compress24(const Tensor& dy, const Tensor& x, const Tensor& meta, std:
   const Tensor dvalues = empty_like_shape(x, {padded_rows24(layout, n), padded_columns24(layout, m) / 2});
   check_pack(op, dvalues, meta, layout, n, m, x);
   const Device device(x);
-  const Tensor codes = aligned(meta);
-  const int64_t panel_rows = std::min(kPanelRows, n);
-  Tensor panel = empty_like_shape(x, {panel_rows, m});
-  Tensor dy_t = t2(dy2);
-  for (int64_t row = 0; row < padded_rows24(layout, n); row += kPanelRows) {
-    const Range rows = {row, std::min(padded_rows24(layout, n), row + kPanelRows)};
-    const int64_t dense_rows = std::clamp<int64_t>(n - row, 0, kPanelRows);
-    const Tensor dw = torch::stable::narrow(panel, 0, 0, dense_rows);
-    if (dense_rows > 0) addmm_out(dw, dw, torch::stable::narrow(dy_t, 0, row, dense_rows), x2, 0, 1);
-    check_cuda(op, cuda::launch_gather24(dtype, panel.const_data_ptr(), codes.const_data_ptr(), n, m, layout, rows,
-                                         dvalues.mutable_data_ptr(), device.stream(op)));
-  }
+  const Gradient g = {dy2, x2, aligned(meta), dvalues, layout, n, m};
+  // The kernel is mma.sync's; on 9.0 the dense library has wgmma, of twice the rate.
+  const bool fused = is_half(x) && layout_of_device(op, device) == Layout24::sm80;
+  (fused ? fused_dw : panels_dw)(op, device, g);
   return dvalues;
 }
 

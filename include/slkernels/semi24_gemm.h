@@ -39,6 +39,18 @@ struct Linear24Args {
 cudaError_t launch_linear24_sm80(DType, const Linear24Args&, cudaStream_t stream);  // layout sm80; mma.sp.sync
 cudaError_t launch_linear24_sm90(DType, const Linear24Args&, cudaStream_t stream);  // layout sm90; CUTLASS, wgmma.sp
 
+// dvalues = dy [tokens, n]^T x [tokens, m] at the slots of a pack, bf16 or fp16, sums in fp32, one rounding; the dense
+// product is not stored. `meta` in any layout, values as there (packed layouts: their padding is written, as zeros).
+// Rows of dy and x start at multiples of 16 bytes, nothing is read beyond columns n and m. Asynchronous on `stream`;
+// deterministic: an element is summed in one block, over tokens ascending.
+struct DwCompress24Args {
+  const void *dy, *x, *meta;
+  void* values;
+  int64_t n, m, tokens, ld_dy, ld_x;
+  Layout24 layout;
+};
+cudaError_t launch_dw_compress24_sm80(DType, const DwCompress24Args&, cudaStream_t stream);  // sm_80 and newer
+
 // dvalues at `rows` of the pack: W's elements at the slots of meta, W's row rows.begin at w, rows m apart; zeros at
 // padding. meta and dvalues as a whole, in `layout`; f32, bf16 or f16.
 cudaError_t launch_gather24(DType, const void* w, const void* meta, int64_t n, int64_t m, Layout24 layout, Range rows,

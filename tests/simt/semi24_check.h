@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "simt/runtime.h"
+#include "slkernels/semi24.h"
 #include "slkernels/types.h"
 
 namespace semi24_check {
@@ -99,6 +100,42 @@ inline std::vector<uint16_t> sm80_meta(const Mask& mask, int64_t N, int64_t M) {
       }
       meta[size_t(to_column / 2 * (N * 2) + to_row * 2 + to_column % 2)] = uint16_t(word);
     }
+  return meta;
+}
+
+// Layout sm90: bytes in the order of CUTLASS 3.x' TensorEAtom_16bit, shape ((8, 2, 4), (16, 2, K / 32)), order ((3, 1,
+// 5), (0, 4, 2)), a bit a column; atoms of 64 rows and K = kSm90TileK columns follow each other along the rows, then
+// along the columns.
+inline std::vector<uint16_t> sm90_meta(const Mask& mask, int64_t N, int64_t M) {
+  constexpr int64_t K = slk::kSm90TileK;
+  struct Mode {
+    int64_t size, order, stride;
+  };
+  std::array<Mode, 6> modes = {{{8, 3, 0}, {2, 1, 0}, {4, 5, 0}, {16, 0, 0}, {2, 4, 0}, {K / 32, 2, 0}}};
+  for (Mode& mode : modes) {
+    mode.stride = 1;
+    for (const Mode& faster : modes) mode.stride *= faster.order < mode.order ? faster.size : 1;
+  }
+  std::vector<uint16_t> meta(size_t(N * M / 16));
+  for (int64_t row = 0; row < N; ++row)
+    for (int64_t column = 0; column < M; column += 4) {
+      int64_t bit = (column / K * (N / 64) + row / 64) * 64 * K;
+      int64_t rest[2] = {row % 64, column % K};
+      for (size_t i = 0; i < modes.size(); ++i) {
+        bit += rest[i / 3] % modes[i].size * modes[i].stride;
+        rest[i / 3] /= modes[i].size;
+      }
+      meta[size_t(bit / 16)] |= uint16_t(code_at(mask, row, column / 4) << (bit % 16));
+    }
+  return meta;
+}
+
+// Layout plain: group 2 b in the low half of byte b, group 2 b + 1 in the high half.
+inline std::vector<uint8_t> plain_meta(const Mask& mask) {
+  std::vector<uint8_t> meta;
+  for (int64_t row = 0; row < mask.rows; ++row)
+    for (int64_t group = 0; group < mask.groups; group += 2)
+      meta.push_back(uint8_t(code_at(mask, row, group) | code_at(mask, row, group + 1) << 4));
   return meta;
 }
 
