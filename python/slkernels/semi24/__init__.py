@@ -2,3 +2,27 @@
 
 Formats and layouts: include/slkernels/semi24.h.
 """
+
+from ._pack import (
+    check24,
+    compress24,
+    convert24,
+    decompress24,
+    mask_of24,
+    prune24,
+    prune_compress24,
+    repack24_perm,
+    repack24_t_,
+)
+
+__all__ = [
+    "check24",
+    "compress24",
+    "convert24",
+    "decompress24",
+    "mask_of24",
+    "prune24",
+    "prune_compress24",
+    "repack24_perm",
+    "repack24_t_",
+]
