@@ -63,8 +63,8 @@ struct Tile {
   using FragmentsX = uint32_t[kHalf][4];
   using Meta = uint32_t[kSteps][kMetaWords];
 };
-using Large = Tile<256, 128, 64, 64, 3, 1>;
-using Small = Tile<64, 64, 32, 32, 6, 2>;
+struct Large : Tile<256, 128, 64, 64, 3, 1> {};
+struct Small : Tile<64, 64, 32, 32, 6, 2> {};
 
 // Where in the block's tile a warp computes, and how it reads its operands.
 template <class Tile>
