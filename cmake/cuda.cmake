@@ -42,17 +42,33 @@ if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.5)
   return()
 endif()
 
-file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu csrc/cutlass/*.cu)
+file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
+file(GLOB cutlass_sources CONFIGURE_DEPENDS csrc/cutlass/*.cu)
 # Files named *_sm90.cu use instructions of sm_90a alone (TMA, wgmma, setmaxnreg), which ptxas refuses for any other
-# target, and run only there: they are compiled for it and nothing else. An object library, because architectures are a
+# target, and run only there: they are compiled for it and nothing else. Object libraries, because architectures are a
 # property of targets.
 set(sm90_sources ${cuda_sources})
 list(FILTER sm90_sources INCLUDE REGEX "_sm90\\.cu$")
 list(FILTER cuda_sources EXCLUDE REGEX "_sm90\\.cu$")
 add_library(slkernels_cuda_sm90 OBJECT ${sm90_sources})
 set_target_properties(slkernels_cuda_sm90 PROPERTIES CUDA_ARCHITECTURES 90a)
-add_library(slkernels_cuda STATIC ${cuda_sources} $<TARGET_OBJECTS:slkernels_cuda_sm90>)
-foreach(target slkernels_cuda slkernels_cuda_sm90)
+
+# CUTLASS instances, all of them for sm_90a. One takes more than a minute and 5 GB to compile: with Ninja, as many at once
+# as have 12 GB of this machine each.
+include(cmake/cutlass.cmake)
+cmake_host_system_information(RESULT memory_mib QUERY TOTAL_PHYSICAL_MEMORY)
+math(EXPR cutlass_jobs "${memory_mib} / 12288")
+if(cutlass_jobs LESS 1)
+  set(cutlass_jobs 1)
+endif()
+set_property(GLOBAL APPEND PROPERTY JOB_POOLS slkernels_cutlass=${cutlass_jobs})
+add_library(slkernels_cutlass OBJECT ${cutlass_sources})
+set_target_properties(slkernels_cutlass PROPERTIES CUDA_ARCHITECTURES 90a JOB_POOL_COMPILE slkernels_cutlass)
+target_include_directories(slkernels_cutlass SYSTEM PRIVATE ${SLKERNELS_CUTLASS_INCLUDE})
+
+add_library(slkernels_cuda STATIC ${cuda_sources} $<TARGET_OBJECTS:slkernels_cuda_sm90>
+            $<TARGET_OBJECTS:slkernels_cutlass>)
+foreach(target slkernels_cuda slkernels_cuda_sm90 slkernels_cutlass)
   target_include_directories(${target} PUBLIC include PRIVATE csrc)
   target_include_directories(${target} SYSTEM INTERFACE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
   target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -lineinfo
@@ -62,12 +78,5 @@ foreach(target slkernels_cuda slkernels_cuda_sm90)
   endif()
 endforeach()
 target_compile_definitions(slkernels_cuda INTERFACE SLKERNELS_WITH_CUDA)
-file(GLOB cutlass_sources CONFIGURE_DEPENDS csrc/cutlass/*.cu)
-if(cutlass_sources)
-  include(cmake/cutlass.cmake)
-  foreach(target slkernels_cuda slkernels_cuda_sm90)
-    target_include_directories(${target} SYSTEM PRIVATE ${SLKERNELS_CUTLASS_INCLUDE})
-  endforeach()
-endif()
 set(SLKERNELS_HAS_CUDA ON)
 list(JOIN SLKERNELS_CUDA_ARCHITECTURES "," SLKERNELS_CUDA_ARCHS_BUILT)  # a ";" would split the compile definition

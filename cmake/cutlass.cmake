@@ -7,5 +7,5 @@ find_path(SLKERNELS_CUTLASS_INCLUDE cutlass/cutlass.h NO_DEFAULT_PATH
   PATH_SUFFIXES include "")
 if(NOT SLKERNELS_CUTLASS_INCLUDE)
   message(FATAL_ERROR "slkernels: csrc/cutlass needs CUTLASS headers: set SLKERNELS_CUTLASS_DIR, put a checkout in "
-                      "third_party/cutlass, or `pip install --no-deps nvidia-cutlass`")
+                      "third_party/cutlass, or `pip install --no-deps nvidia-cutlass==4.2.0.0`")
 endif()

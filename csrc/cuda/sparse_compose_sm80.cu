@@ -21,7 +21,7 @@ struct RowRanges {
 static_assert(kThreads == 2 * kTileM, "a thread a row and edge");
 
 template <class Col>
-struct AddSparse {
+struct AddSparse : Product {
   static constexpr bool kFills = true;
   static constexpr size_t kSharedBytes = sizeof(RowRanges);
   static constexpr int kRowsAtOnce = 4;
@@ -39,7 +39,8 @@ struct AddSparse {
     (end ? ranges.end : ranges.begin)[row] = i < g.m ? lower_bound(col, crow[i], crow[i + 1], column) : 0;
   }
 
-  __device__ void fill(const GemmArgs&, int64_t, int64_t first_n, Chunk* tile, const void* shared) const {
+  __device__ void fill(const GemmArgs&, int64_t, int64_t first_n, Vector<__nv_bfloat16>* tile,
+                       const void* shared) const {
     const RowRanges& ranges = *static_cast<const RowRanges*>(shared);
     for (int at = threadIdx.x; at < kTileM * kChunksC; at += kThreads)
       *reinterpret_cast<uint4*>(&tile[at]) = make_uint4(0, 0, 0, 0);
@@ -48,7 +49,7 @@ struct AddSparse {
     const int first = int(threadIdx.x) / 32 * kWarpRows;
     for_entries<kRowsAtOnce>(col, values, ranges.begin, ranges.end, first, kWarpRows, first_n,
                              [&](int row, int column, __nv_bfloat16 value) {
-                               chunk_of(tile, row, column / kChunk).e[column % kChunk] = value;
+                               chunk_of(tile, row, column / kChunk).at[column % kChunk] = value;
                              });
   }
 
@@ -64,7 +65,7 @@ cudaError_t launch_compose_sm80(const GemmArgs& g, const Csr& s, const void* val
   if (g.m != s.n || g.n != s.m) return cudaErrorInvalidValue;
   const auto run = [&](auto* col) {
     using Col = std::remove_const_t<std::remove_pointer_t<decltype(col)>>;
-    return launch_with(g, AddSparse<Col>{alpha, s.crow, col, static_cast<const __nv_bfloat16*>(values)}, stream);
+    return launch_with(g, AddSparse<Col>{{}, alpha, s.crow, col, static_cast<const __nv_bfloat16*>(values)}, stream);
   };
   return s.col_is_16 ? run(static_cast<const int16_t*>(s.col)) : run(static_cast<const int32_t*>(s.col));
 }

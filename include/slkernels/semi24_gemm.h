@@ -14,6 +14,15 @@ namespace slk {
 
 enum class Activation24 : int { none, relu, silu, gelu, relu2 };  // gelu with erf; relu2 = max(z, 0)^2
 
+// Whether a GPU's sparse tensor cores are expected to be faster than the dense product of the same sizes: by what is
+// published of cuSPARSELt on an H100 (bf16: 0.75 of cuBLAS at 1024^3, 0.97 at 2048^3, 1.5 and more from 4096^3 on). Few
+// tokens leave most of a tile empty. Ours are not measured yet (docs/semi24_cuda.md).
+constexpr int64_t kSparsePaysTokens24 = 512;
+constexpr double kSparsePaysWork24 = 2048.0 * 2048.0 * 2048.0;
+constexpr bool sparse_pays24(int64_t tokens, int64_t n, int64_t m) {
+  return tokens >= kSparsePaysTokens24 && double(tokens) * double(n) * double(m) > kSparsePaysWork24;
+}
+
 #if defined(SLKERNELS_WITH_CUDA) || defined(__CUDACC__)
 namespace cuda {
 
@@ -29,6 +38,23 @@ struct Linear24Args {
 // Asynchronous on `stream`. Deterministic: an element of y is summed in one block, over k ascending.
 cudaError_t launch_linear24_sm80(DType, const Linear24Args&, cudaStream_t stream);  // layout sm80; mma.sp.sync
 cudaError_t launch_linear24_sm90(DType, const Linear24Args&, cudaStream_t stream);  // layout sm90; CUTLASS, wgmma.sp
+
+// dvalues = dy [tokens, n]^T x [tokens, m] at the slots of a pack, bf16 or fp16, sums in fp32, one rounding; the dense
+// product is not stored. `meta` in any layout, values as there (packed layouts: their padding is written, as zeros).
+// Rows of dy and x start at multiples of 16 bytes, nothing is read beyond columns n and m. Asynchronous on `stream`;
+// deterministic: an element is summed in one block, over tokens ascending.
+struct DwCompress24Args {
+  const void *dy, *x, *meta;
+  void* values;
+  int64_t n, m, tokens, ld_dy, ld_x;
+  Layout24 layout;
+};
+cudaError_t launch_dw_compress24_sm80(DType, const DwCompress24Args&, cudaStream_t stream);  // sm_80 and newer
+
+// dvalues at `rows` of the pack: W's elements at the slots of meta, W's row rows.begin at w, rows m apart; zeros at
+// padding. meta and dvalues as a whole, in `layout`; f32, bf16 or f16.
+cudaError_t launch_gather24(DType, const void* w, const void* meta, int64_t n, int64_t m, Layout24 layout, Range rows,
+                            void* dvalues, cudaStream_t stream);
 
 }  // namespace cuda
 #endif

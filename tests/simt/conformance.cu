@@ -101,12 +101,27 @@ void add_wgmma_registers(std::vector<Case>& cases) {
                    }});
 }
 
+void add_warp(std::vector<Case>& cases, const char* name, void (*kernel)(const uint32_t*, uint32_t*), Bytes input,
+              int out_words, double tolerance) {
+  cases.push_back({name, std::move(input), tolerance, [=](const Bytes& in) {
+                     return to_bytes(sm80::run(kernel, from_bytes<uint32_t>(in, 0, in.size() / 4), out_words));
+                   }});
+}
 void add_warp(std::vector<Case>& cases, const char* name, void (*kernel)(const uint32_t*, uint32_t*), int in_words,
               int out_words, double tolerance) {
-  cases.push_back(
-      {name, to_bytes(random_bf16(2 * size_t(in_words), uint32_t(in_words))), tolerance, [=](const Bytes& in) {
-         return to_bytes(sm80::run(kernel, from_bytes<uint32_t>(in, 0, size_t(in_words)), out_words));
-       }});
+  add_warp(cases, name, kernel, to_bytes(random_bf16(2 * size_t(in_words), uint32_t(in_words))), out_words, tolerance);
+}
+
+// Every lane's metadata are random ordered codes, also where a selector does not read them.
+Bytes sparse_input() {
+  constexpr uint32_t codes[] = {0x4, 0x8, 0xc, 0x9, 0xd, 0xe};
+  std::vector<uint16_t> halves = random_bf16(2 * sm80::kMmaSpIn, 24);
+  std::mt19937 random(24);
+  for (size_t i = halves.size() - 64; i < halves.size(); ++i) {
+    halves[i] = 0;
+    for (int group = 0; group < 4; ++group) halves[i] |= uint16_t(codes[random() % 6] << (4 * group));
+  }
+  return to_bytes(halves);
 }
 
 std::vector<Case> all_cases() {
@@ -115,6 +130,7 @@ std::vector<Case> all_cases() {
   add_warp(cases, "stmatrix", sm80::stmatrix_kernel, sm80::kStmatrixIn, sm80::kStmatrixOut, 0);
   add_warp(cases, "cp_async", sm80::copy_kernel, sm80::kCopyIn, sm80::kCopyOut, 0);
   add_warp(cases, "mma", sm80::mma_kernel, sm80::kMmaIn, sm80::kMmaOut, 16 * std::ldexp(1, -20));
+  add_warp(cases, "mma_sp", sm80::mma_sp_kernel, sparse_input(), sm80::kMmaSpOut, 16 * std::ldexp(1, -20));
   for (const sm90::At at : {sm90::At{0, 0, 0}, sm90::At{-3, -2, 0}, sm90::At{64, 8, 0}}) {
     add_tma(cases, CU_TENSOR_MAP_SWIZZLE_NONE, "plain", at);
     add_tma(cases, CU_TENSOR_MAP_SWIZZLE_32B, "32b", at);

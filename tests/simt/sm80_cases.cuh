@@ -6,6 +6,7 @@
 #include "slkernels/ptx/cp_async.h"
 #include "slkernels/ptx/ldmatrix.h"
 #include "slkernels/ptx/mma.h"
+#include "slkernels/ptx/mma_sp.h"
 #include "sm90_cases.cuh"
 
 namespace sm80 {
@@ -77,6 +78,23 @@ static __global__ void mma_kernel(const uint32_t* in, uint32_t* out) {
   ptx::mma_m16n8k16_f16(d[1], a, b);
   ptx::mma_m16n8k8_tf32(d[2], a, b);
   for (int i = 0; i < 12; ++i) out[32 * i + lane] = __float_as_uint(d[i / 4][i % 4]);
+}
+
+// in: a [4, 32], b [4, 32], d [4, 32], metadata [32]; out: d of the two types and selectors, [4, 4, 32].
+constexpr int kMmaSpIn = 13 * 32, kMmaSpOut = 16 * 32;
+static __global__ void mma_sp_kernel(const uint32_t* in, uint32_t* out) {
+  const int lane = int(threadIdx.x);
+  uint32_t a[4], b[4];
+  float d[4][4];
+  for (int i = 0; i < 4; ++i) a[i] = in[32 * i + lane];
+  for (int i = 0; i < 4; ++i) b[i] = in[32 * (4 + i) + lane];
+  for (int i = 0; i < 16; ++i) d[i / 4][i % 4] = __uint_as_float(in[32 * (8 + i % 4) + lane]);
+  const uint32_t meta = in[32 * 12 + lane];
+  ptx::mma_sp_m16n8k32_bf16<0>(d[0], a, b, meta);
+  ptx::mma_sp_m16n8k32_bf16<1>(d[1], a, b, meta);
+  ptx::mma_sp_m16n8k32_f16<0>(d[2], a, b, meta);
+  ptx::mma_sp_m16n8k32_f16<1>(d[3], a, b, meta);
+  for (int i = 0; i < 16; ++i) out[32 * i + lane] = __float_as_uint(d[i / 4][i % 4]);
 }
 
 inline std::vector<uint32_t> run(void (*kernel)(const uint32_t*, uint32_t*), const std::vector<uint32_t>& in,

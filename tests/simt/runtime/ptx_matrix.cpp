@@ -1,4 +1,4 @@
-// ldmatrix, stmatrix and mma. Contracts: simt/ptx_ldmatrix.h, simt/ptx_mma.h; layouts: slkernels/ptx/ldmatrix.h, mma.h.
+// ldmatrix, stmatrix, mma and mma.sp. Contracts: simt/ptx_*.h; layouts: slkernels/ptx/ldmatrix.h, mma.h, mma_sp.h.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -7,6 +7,7 @@
 #include "internal.h"
 #include "simt/ptx_ldmatrix.h"
 #include "simt/ptx_mma.h"
+#include "simt/ptx_mma_sp.h"
 
 namespace simt {
 namespace {
@@ -57,6 +58,7 @@ void check_row(const char* what, const void* row, int matrices, bool write, void
 struct MmaArgument {
   float* d;
   const uint32_t *a, *b;
+  uint32_t meta = 0;  // mma.sp's
 };
 
 float half_to_float(MmaType type, uint32_t bits) {
@@ -93,6 +95,34 @@ void run_mma(void* const* lanes, uint32_t present) {
       static_cast<MmaArgument*>(lanes[lane])->d[i] = d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
 }
 
+// The element that `kept` of a row of a is, one of two of each group of four columns.
+int dense_column(void* const* lanes, int selector, int row, int kept) {
+  const int group = kept / 2, lane = row % 8 * 4 + 2 * selector + group / 4;
+  const uint32_t word = static_cast<const MmaArgument*>(lanes[lane])->meta;
+  const uint32_t code = word >> (row / 8 * 16 + group % 4 * 4) & 0xf;
+  if ((code & 3) >= code >> 2)
+    fault("mma.sp: the metadata of row " + std::to_string(row) + ", columns " + std::to_string(4 * group) + " to " +
+          std::to_string(4 * group + 3) + " (lane " + std::to_string(lane) + ") are " + std::to_string(code) +
+          ", no ordered code");
+  return 4 * group + int(kept % 2 ? code >> 2 : code & 3);
+}
+
+template <MmaType type, int selector>
+void run_mma_sp(void* const* lanes, uint32_t present) {
+  check_whole("mma.sp.sync", present);
+  const auto argument = [&](int lane) -> const MmaArgument& { return *static_cast<MmaArgument*>(lanes[lane]); };
+  const auto half = [](uint32_t reg, int e) { return half_to_float(type, reg >> (16 * e) & 0xffffu); };
+  for (int row = 0; row < 16; ++row)
+    for (int kept = 0; kept < 16; ++kept) {
+      const float a = half(argument(row % 8 * 4 + kept % 8 / 2).a[row / 8 + kept / 8 * 2], kept % 2);
+      const int k = dense_column(lanes, selector, row, kept);
+      for (int column = 0; column < 8; ++column) {
+        const float b = half(argument(column * 4 + k % 8 / 2).b[k / 8], k % 2);
+        argument(row % 8 * 4 + column / 2).d[row / 8 * 2 + column % 2] += a * b;
+      }
+    }
+}
+
 }  // namespace
 
 void ldmatrix(uint32_t* registers, const void* row, int matrices, bool transposed, void* pc) {
@@ -113,6 +143,15 @@ void mma(MmaType type, float* d, const uint32_t* a, const uint32_t* b, void* pc)
                   type == MmaType::bf16  ? run_mma<MmaType::bf16>
                   : type == MmaType::f16 ? run_mma<MmaType::f16>
                                          : run_mma<MmaType::tf32>,
+                  false, pc);
+}
+
+void mma_sp(MmaType type, int selector, float* d, const uint32_t* a, const uint32_t* b, uint32_t meta, void* pc) {
+  MmaArgument argument = {d, a, b, meta};
+  warp_collective(selector ? "mma.sp.sync with selector 1" : "mma.sp.sync with selector 0", kWholeWarp, &argument,
+                  type == MmaType::bf16 ? selector ? run_mma_sp<MmaType::bf16, 1> : run_mma_sp<MmaType::bf16, 0>
+                  : selector            ? run_mma_sp<MmaType::f16, 1>
+                                        : run_mma_sp<MmaType::f16, 0>,
                   false, pc);
 }
 

@@ -1,0 +1,10 @@
+#include "cutlass/semi24_linear_sm90.cuh"
+#include "cutlass/semi24_linear_sm90.h"
+
+namespace slk::cuda {
+
+cudaError_t launch_linear24_sm90_bf16_large(const Linear24Args& args, int sms, cudaStream_t stream) {
+  return launch_linear24_instance<__nv_bfloat16, kLinear24LargeM, kLinear24TileN, 2>(args, sms, stream);
+}
+
+}  // namespace slk::cuda
