@@ -163,15 +163,8 @@ Packed for_device(const char* op, const Device& device, const Packed& w) {
   return out;
 }
 
-bool picks_sparse(const char* op, const std::string& path, const Tensor& x, int64_t n) {
-  check(path == "auto" || path == "sparse" || path == "dense", op, "path must be auto, sparse or dense, got ", path);
-  check(path != "sparse" || is_half(x), op, "path sparse needs bfloat16 or float16, got ", show(x.scalar_type()));
-  if (path == "dense" || !is_half(x)) return false;
-  return path == "sparse" || sparse_pays24(x.size(0), n, x.size(1));
-}
-
 Tensor product(const char* op, const Tensor& x, const Tensor& values, const Tensor& meta, int64_t n, Layout24 layout,
-               const std::optional<Tensor>& bias, const std::string& activation, const std::string& path) {
+               const std::optional<Tensor>& bias, const std::string& activation) {
   const Epilogue end = {bias, activation24_of(op, activation)};
   const int64_t m = columns_of(op, "x", x);
   float_of(op, "x", x);
@@ -180,9 +173,10 @@ Tensor product(const char* op, const Tensor& x, const Tensor& values, const Tens
   const Device device(x);
   const Tensor x2 = as_tokens(op, "x", x, m);
   const Packed w = {aligned(values), aligned(meta), layout, n, m};
-  const bool empty = x2.size(0) == 0 || n == 0 || m == 0;
+  const int64_t tokens = x2.size(0);
   // What is packed already is multiplied as it is: to decompress it first costs more than any dense product gains.
-  const bool sparse = picks_sparse(op, path == "auto" && layout != Layout24::plain ? "sparse" : path, x2, n) && !empty;
+  const bool sparse =
+      is_half(x) && tokens > 0 && n > 0 && m > 0 && (layout != Layout24::plain || sparse_pays24(tokens, n, m));
   const Tensor y =
       sparse ? sparse_product(op, device, x2, for_device(op, device, w), end) : dense_product(op, device, x2, w, end);
   Shape shape = shape_of(x);
@@ -191,14 +185,14 @@ Tensor product(const char* op, const Tensor& x, const Tensor& values, const Tens
 }
 
 Tensor linear24(const Tensor& x, const Tensor& values, const Tensor& meta, int64_t n, std::optional<Tensor> bias,
-                std::string activation, std::string path) {
-  return product("linear24", x, values, meta, n, Layout24::plain, bias, activation, path);
+                std::string activation) {
+  return product("linear24", x, values, meta, n, Layout24::plain, bias, activation);
 }
 
 Tensor linear24_packed(const Tensor& x, const Tensor& values, const Tensor& meta, int64_t n, std::string layout,
                        std::optional<Tensor> bias, std::string activation) {
   const char* op = "linear24_packed";
-  return product(op, x, values, meta, n, layout24_of(op, layout), bias, activation, "auto");
+  return product(op, x, values, meta, n, layout24_of(op, layout), bias, activation);
 }
 
 // dx = dy W without a transposed pack: a dense product.

@@ -3,6 +3,7 @@
 Formats and layouts: include/slkernels/semi24.h.
 """
 
+from ._linear import dw_compress24, linear24
 from ._pack import (
     check24,
     compress24,
@@ -20,6 +21,8 @@ __all__ = [
     "compress24",
     "convert24",
     "decompress24",
+    "dw_compress24",
+    "linear24",
     "mask_of24",
     "prune24",
     "prune_compress24",
