@@ -3,6 +3,7 @@
 Formats and layouts: include/slkernels/semi24.h.
 """
 
+from ._dispatch import sparse_pays24
 from ._linear import dw_compress24, linear24
 from ._pack import (
     check24,
@@ -28,4 +29,5 @@ __all__ = [
     "prune_compress24",
     "repack24_perm",
     "repack24_t_",
+    "sparse_pays24",
 ]
