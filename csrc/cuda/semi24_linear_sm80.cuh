@@ -63,8 +63,8 @@ struct Tile {
   using FragmentsX = uint32_t[kHalf][4];
   using Meta = uint32_t[kSteps][kMetaWords];
 };
-using Large = Tile<256, 128, 64, 64, 3, 1>;
-using Small = Tile<64, 64, 32, 32, 6, 2>;
+struct Large : Tile<256, 128, 64, 64, 3, 1> {};
+struct Small : Tile<64, 64, 32, 32, 6, 2> {};
 
 // Where in the block's tile a warp computes, and how it reads its operands.
 template <class Tile>
@@ -211,8 +211,12 @@ __device__ void multiply_tiles(const Linear24Args& g, int64_t first_n, int64_t f
 // at that ^ 4 in the second. A store of a fragment's d[e] (rows 2t + e, t < 4; eight features: two float4) and a read
 // of eight neighbouring octets then both meet every 16-byte column of the banks once.
 template <class Tile>
-__device__ float4& sums_at(float4* staged, int row, int octet, int second) {
+__device__ inline float4& sums_at(float4* staged, int row, int octet, int second) {
   return staged[row * (Tile::kN / 4) + second * (Tile::kN / kChunk) + (octet ^ (row / 2 % 4) ^ (second * 4))];
+}
+template <class Tile>
+__device__ inline float& sum_at(float4* staged, int row, int feature) {
+  return reinterpret_cast<float*>(&sums_at<Tile>(staged, row, feature / kChunk, feature / 4 % 2))[feature % 4];
 }
 
 template <class T, class Tile>
@@ -220,14 +224,18 @@ __device__ void store_tile(const Linear24Args& g, int64_t first_n, int64_t first
                            const Warp<Tile>& warp, const typename Tile::Sums& sums) {
   constexpr int kOctets = Tile::kN / kChunk, kHalfT = Tile::kWarpT / 2, kRows = Tile::kT / 2;
   constexpr int kRowsAPass = Tile::kThreads / kOctets;
-  static_assert(sizeof(float4) * kRows * Tile::kN / 4 <= Tile::kSharedBytes, "the sums take the place of the stages");
-  const int octet = threadIdx.x % kOctets;
-  const int64_t n = first_n + octet * kChunk;
-  const int valid = int(max(int64_t(0), min(int64_t(kChunk), g.n - n)));
+  static_assert(sizeof(float) * kRows * Tile::kN <= Tile::kSharedBytes, "the sums take the place of the stages");
+  // A thread's eight features of a row: neighbours, stored as 16 bytes; or, where y's rows allow no vectors, kOctets
+  // apart, so that what a warp stores with one instruction is contiguous.
+  const bool wide = reinterpret_cast<uintptr_t>(g.y) % 16 == 0 && g.ld_y % kChunk == 0;
+  const int octet = threadIdx.x % kOctets, first = wide ? octet * kChunk : octet, stride = wide ? 1 : kOctets;
+  const int features = int(min(int64_t(Tile::kN), g.n - first_n));
   float bias[kChunk];
 #pragma unroll
-  for (int e = 0; e < kChunk; ++e) bias[e] = g.bias && e < valid ? widen(static_cast<const T*>(g.bias)[n + e]) : 0;
-  const bool whole = valid == kChunk && reinterpret_cast<uintptr_t>(g.y) % 16 == 0 && g.ld_y % kChunk == 0;
+  for (int e = 0; e < kChunk; ++e) {
+    const int feature = first + e * stride;
+    bias[e] = g.bias && feature < features ? widen(static_cast<const T*>(g.bias)[first_n + feature]) : 0;
+  }
 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -237,29 +245,32 @@ __device__ void store_tile(const Linear24Args& g, int64_t first_n, int64_t first
 #pragma unroll
       for (int j = 0; j < Tile::kHalf; ++j)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int row = warp.t / 2 + j * kMmaT + warp.lane % 4 * 2 + e % 2;
-          const int c = (warp.n + i * kMmaN) / kChunk + e / 2, feature = warp.lane / 4;
-          auto* four = reinterpret_cast<float*>(&sums_at<Tile>(staged, row, c, feature / 4));
-          four[feature % 4] = sums[i][half * Tile::kHalf + j][e];
-        }
+        for (int e = 0; e < 4; ++e)
+          sum_at<Tile>(staged, warp.t / 2 + j * kMmaT + warp.lane % 4 * 2 + e % 2,
+                       warp.n + i * kMmaN + e / 2 * 8 + warp.lane / 4) = sums[i][half * Tile::kHalf + j][e];
     __syncthreads();
 #pragma unroll 1
     for (int row = threadIdx.x / kOctets; row < kRows; row += kRowsAPass) {
       const int64_t t = first_t + row / kHalfT * Tile::kWarpT + half * kHalfT + row % kHalfT;
-      if (t >= g.tokens || valid == 0) continue;
-      const float4 low = sums_at<Tile>(staged, row, octet, 0), high = sums_at<Tile>(staged, row, octet, 1);
-      const float z[kChunk] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+      if (t >= g.tokens) break;
+      alignas(16) float z[kChunk];
+      if (wide) {
+        *reinterpret_cast<float4*>(z) = sums_at<Tile>(staged, row, octet, 0);
+        *reinterpret_cast<float4*>(z + 4) = sums_at<Tile>(staged, row, octet, 1);
+      } else {
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) z[e] = sum_at<Tile>(staged, row, first + e * stride);
+      }
       Vector<T> y;
 #pragma unroll
       for (int e = 0; e < kChunk; ++e) y.at[e] = narrow<T>(activate24(g.activation, z[e] + bias[e]));
-      T* to = static_cast<T*>(g.y) + t * g.ld_y + n;
-      if (whole) {
+      T* to = static_cast<T*>(g.y) + t * g.ld_y + first_n + first;
+      if (wide && first + kChunk <= features) {
         *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&y);
       } else {
 #pragma unroll
         for (int e = 0; e < kChunk; ++e)
-          if (e < valid) to[e] = y.at[e];
+          if (first + e * stride < features) to[e * stride] = y.at[e];
       }
     }
   }
