@@ -23,7 +23,8 @@ SLK_PER_ISA {
     const int64_t i = row / 32 * 32 + row % 8 * 4 + row % 32 / 8;
     return word / 2 * 2 * rows + 2 * (i - i % 2) + 2 * (word % 2) + i % 2;
   }
-  SLK_SEMI24 constexpr int64_t sm90_word24(int64_t row, int64_t word, int64_t rows) {
+  template <class I>
+SLK_SEMI24 constexpr I sm90_word24(I row, I word, I rows) {
     // Atoms of 64 rows x kSm90TileK columns, down a column of atoms first. In an atom, fastest first: row bit 3, column
     // bits 5 and up, row bits 0-2, column bit 4, row bits 4-5. (Column bits 0-3 are within the word.)
     constexpr int64_t words = kSm90TileK / 16, blocks = words / 2;
@@ -31,7 +32,8 @@ SLK_PER_ISA {
     const int64_t inside = row / 8 % 2 + 2 * (w / 2 + blocks * (row % 8 + 8 * (w % 2 + 2 * (row / 16 % 4))));
     return word / words * words * rows + row / 64 * 64 * words + inside;
   }
-  SLK_SEMI24 constexpr int64_t packed_word24(Layout24 layout, int64_t row, int64_t word, int64_t rows) {
+  template <class I>
+SLK_SEMI24 constexpr I packed_word24(Layout24 layout, I row, I word, I rows) {
     return layout == Layout24::sm80 ? sm80_word24(row, word, rows) : sm90_word24(row, word, rows);
   }
 

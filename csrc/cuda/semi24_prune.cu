@@ -1,0 +1,369 @@
+// prune24 and prune_compress24. Contract: slkernels/semi24_cuda.h; arithmetic: slkernels/semi24.cuh.
+//
+// prune_compress24 reads W once and writes both packs. A block takes 128 x 128 of W, a thread two units of four rows by
+// eight columns: two tiles each, that never leave its registers. W's values go out directly, 64 bytes a row and warp.
+// W_t's lie along W's rows, which are spread over the block: they and both metadata cross through shared memory, in the
+// order in which they are stored, and leave as 16-byte vectors, 128 bytes a row of W_t.
+//
+// Bytes of a bf16 matrix: 2 read and 2.25 written an element, 71 MB for 4096 x 4096.
+#include <algorithm>
+
+#include "cuda/semi24_tile.cuh"
+#include "slkernels/semi24_cuda.h"
+
+namespace slk::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kTile = 128;            // rows and columns of W a block; a multiple of every layout's padding but sm80's 64
+constexpr int kQuads = kTile / 4;     // rows of tiles
+constexpr int kUnits = 2;             // a thread
+constexpr unsigned kMaxBlocks = 8192;
+constexpr int kMetaWords = kTile * kTile / 16;
+static_assert(kUnits * kThreads * 4 * kChunk24 == kTile * kTile);
+static_assert(kTile % kSm90TileK == 0 && kTile % 64 == 0);
+
+__device__ void load_vectors(const void* from, uint2 (&four)[2]) {
+  const uint4 both = *static_cast<const uint4*>(from);
+  four[0] = {both.x, both.y};
+  four[1] = {both.z, both.w};
+}
+__device__ void load_vectors(const void* from, uint4 (&four)[2]) {
+  four[0] = static_cast<const uint4*>(from)[0];
+  four[1] = static_cast<const uint4*>(from)[1];
+}
+
+template <class T>
+struct Source {
+  const T* data;
+  int64_t n, m;
+};
+
+// Two neighbouring tiles that are inside, at multiples of 16 bytes.
+template <class T>
+__device__ void load_tiles(const Source<T>& source, int64_t row, int64_t column, Tile<T> (&tile)[2]) {
+  const T* from = source.data + row * source.m + column;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    Four24<T> four[2];
+    load_vectors(from + r * source.m, four);
+    tile[0].set_row(r, four[0]);
+    tile[1].set_row(r, four[1]);
+  }
+}
+
+// A tile. kInside: as above; otherwise its elements outside the matrix are zeros.
+template <bool kInside, class T>
+__device__ Tile<T> load_tile(const Source<T>& source, int64_t row, int64_t column) {
+  Tile<T> tile;
+  const T* from = source.data + row * source.m + column;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    if constexpr (kInside) {
+      tile.set_row(r, *reinterpret_cast<const Four24<T>*>(from + r * source.m));
+    } else {
+      T element[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        element[k] = row + r < source.n && column + k < source.m ? from[r * source.m + k] : T(0.0f);
+      Four24<T> four;
+      memcpy(&four, element, sizeof four);
+      tile.set_row(r, four);
+    }
+  }
+  return tile;
+}
+
+// Columns or rows of a tile that are inside, of `left` from its first.
+__device__ int within_tile(int64_t left) {
+  return left < 0 ? 0 : left < 4 ? int(left) : 4;
+}
+
+// ---- prune24 --------------------------------------------------------------------------------------------------------
+
+// Four bits as four bytes.
+__device__ uint32_t bytes_of(uint32_t bits) {
+  return (bits & 15) * 0x00204081u & 0x01010101u;
+}
+
+template <class T, bool kTransposable>
+__global__ void __launch_bounds__(kThreads) prune_kernel(Source<T> score, bool vectors, uint8_t* mask) {
+  const int64_t tiles = (score.m + 3) / 4, total = (score.n + 3) / 4 * tiles;
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < total; i += int64_t(gridDim.x) * kThreads) {
+    const int64_t row = i / tiles * 4, column = i % tiles * 4;
+    const Tile<T> tile = vectors && row + 4 <= score.n ? load_tile<true>(score, row, column)
+                                                       : load_tile<false>(score, row, column);
+    const uint32_t word = prune_tile<kTransposable>(tile).word;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      if (row + r >= score.n) break;
+      uint8_t* to = mask + (row + r) * score.m + column;
+      const uint32_t kept = bytes_of(word >> (4 * r));
+      if (vectors) {
+        *reinterpret_cast<uint32_t*>(to) = kept;
+      } else {
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          if (column + k < score.m) to[k] = uint8_t(kept >> (8 * k));
+      }
+    }
+  }
+}
+
+// ---- prune_compress24 -----------------------------------------------------------------------------------------------
+
+// Where a block's 128 x 128 lie in a pack, and how much of them.
+struct Place {
+  int64_t row, column;
+  int rows, columns;  // of the block's, inside the padded extents; not positive: none
+
+  __device__ Place(const Pack24& to, int64_t row, int64_t column)
+      : row(row),
+        column(column),
+        rows(int(min(to.rows - row, int64_t(kTile)))),
+        columns(int(min(to.columns - column, int64_t(kTile)))) {}
+};
+
+// A word of a block's metadata where it is staged: in the order of packed_word24 with kTile rows; plain: row by row.
+// Every order permutes the bits of row and word: the place of a sum without carries is the sum of the places.
+__device__ int staged_word(Layout24 layout, int row, int word) {
+  return layout == Layout24::plain ? row * (kTile / 16) + word : packed_word24(layout, row, word, kTile);
+}
+
+// Stores them. thread: 0 .. kMetaThreads - 1, 16 bytes each.
+constexpr int kMetaThreads = kMetaWords / 8;
+__device__ void store_meta(const Pack24& to, const Place& at, const uint16_t* staged, int thread) {
+  const int word = 8 * thread;
+  const uint4 chunk = *reinterpret_cast<const uint4*>(staged + word);
+  uint16_t* words = static_cast<uint16_t*>(to.meta);
+  if (to.layout == Layout24::sm90) {
+    if (at.columns > 0 && word / (64 * kTile / 16) * 64 < at.rows)
+      *reinterpret_cast<uint4*>(words + sm90_word24(at.row, at.column / 16, to.rows) + word) = chunk;
+  } else if (to.layout == Layout24::sm80) {  // 32 columns of a block's rows follow each other
+    const int pair = word / (2 * kTile), offset = word % (2 * kTile);
+    if (32 * pair < at.columns && offset / 2 < at.rows)
+      *reinterpret_cast<uint4*>(words + sm80_word24(at.row, at.column / 16 + 2 * pair, to.rows) + offset) = chunk;
+  } else {
+    const int64_t pitch = to.meta_row_bytes(), first = at.column / kChunk24;
+    uint8_t* bytes = static_cast<uint8_t*>(to.meta) + at.row * pitch + first;
+    constexpr int kRowBytes = kTile / kChunk24;
+    static_assert(kRowBytes == sizeof chunk);
+    const int here = at.columns > 0 ? (at.columns + kChunk24 - 1) / kChunk24 : 0;
+    if (pitch % 16 == 0) {
+      if (thread < at.rows && here > 0) *reinterpret_cast<uint4*>(bytes + thread * pitch) = chunk;
+    } else {
+      for (int i = thread; i < kTile * kRowBytes; i += kMetaThreads)
+        if (i / kRowBytes < at.rows && i % kRowBytes < here)
+          bytes[i / kRowBytes * pitch + i % kRowBytes] = uint8_t(staged[i / 2] >> (i % 2 * 8));
+    }
+  }
+}
+
+// Neighbours in a row of a pack: two elements of each of kCount groups.
+template <class T, int kCount>
+struct alignas(kCount * sizeof(Pair24<T>)) Pairs {
+  Pair24<T> at[kCount];
+};
+// Stores them: those of groups that are inside, `left` columns of the matrix from the first. kVector: all, at once.
+template <bool kVector, class T, int kCount>
+__device__ void store_pairs(T* to, const Pairs<T, kCount>& pairs, int left) {
+  if constexpr (kVector) {
+    using Word = std::conditional_t<sizeof pairs == 8, uint2, uint4>;
+    ptx::store_global(to, *reinterpret_cast<const Word*>(&pairs));
+  } else {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k)
+      if (4 * k < left) reinterpret_cast<Pair24<T>*>(to)[k] = pairs.at[k];
+  }
+}
+
+// Where W_t's values of a column and a row of tiles are staged. Warps write 8 columns 8 apart by 4 rows of tiles, and read
+// 16 bytes along a column: with the 16-byte units of a column permuted by its number, both meet every bank once.
+template <class T>
+__device__ int staged_pair(int column, int quad) {
+  constexpr int kPairs = 16 / sizeof(Pair24<T>);
+  return column * kQuads + (quad / kPairs ^ column / 8 % 8) * kPairs + quad % kPairs;
+}
+
+// The metadata of a thread's rows, a byte a row; four threads with neighbouring g have 32 columns. Gives row g % 4 of
+// all four.
+__device__ uint32_t gather_rows(uint32_t x, int g) {
+  uint32_t y = __shfl_xor_sync(0xffffffffu, x, 1);
+  x = ptx::prmt(x, y, g & 1 ? 0x3715 : 0x6240);
+  y = __shfl_xor_sync(0xffffffffu, x, 2);
+  return ptx::prmt(x, y, g & 2 ? 0x3276 : 0x5410);
+}
+
+// The codes of a thread's columns, a byte a column of its left and right tile; four threads 8 lanes apart have 16 rows.
+// Gives those of columns 4 (q % 2) + 2 (q / 2) and the next, 16 bits each.
+__device__ uint32_t gather_columns(uint32_t left, uint32_t right, int q) {
+  const uint32_t own = q & 1 ? right : left;
+  uint32_t y = __shfl_xor_sync(0xffffffffu, q & 1 ? left : right, 8);
+  const uint32_t x = q & 1 ? y | own << 4 : own | y << 4;
+  y = __shfl_xor_sync(0xffffffffu, x, 16);
+  return ptx::prmt(x, y, q & 2 ? 0x3726 : 0x5140);
+}
+
+// Which of the matrix' blocks are those of a launch: of rows x columns, the first inside_rows x inside_columns, or the
+// others.
+struct Blocks {
+  int rows, columns, inside_rows, inside_columns;
+
+  int count(bool inside) const {
+    const int those = inside_rows * inside_columns;
+    return inside ? those : rows * columns - those;
+  }
+  __device__ int2 inside(int i) const { return {i / inside_columns, i % inside_columns}; }
+  __device__ int2 outside(int i) const {
+    const int right = columns - inside_columns, beside = inside_rows * right;
+    if (i < beside) return {i / right, inside_columns + i % right};
+    return {inside_rows + (i - beside) / columns, (i - beside) % columns};
+  }
+};
+
+// kInside: the blocks' elements are all inside of W, and its rows start at multiples of 16 bytes.
+template <class T, bool kTransposable, bool kScored, bool kInside>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kInside ? 3 : 2)
+    prune_compress_kernel(Source<T> w, Source<T> score, Pack24 to, Pack24 to_t, Blocks blocks, bool vectors_t) {
+  using Pair = Pair24<T>;
+  __shared__ alignas(16) Pair staged_values[kTile * kQuads];
+  __shared__ alignas(16) uint16_t staged_meta[2][kMetaWords];
+  const int2 block = kInside ? blocks.inside(blockIdx.x) : blocks.outside(blockIdx.x);
+  const int64_t row0 = int64_t(block.x) * kTile, column0 = int64_t(block.y) * kTile;
+  const int g = threadIdx.x % 8, q = threadIdx.x / 8 % 4, warp = threadIdx.x / 32, quad = 4 * warp + q;
+  const Place at(to, row0, column0), at_t(to_t, column0, row0);
+  const int64_t row = row0 + 4 * quad, pitch = to.columns / 2;
+  T* values = static_cast<T*>(to.values) + row * pitch + column0 / 2;
+  const int first_t = 8 * g + 4 * (q % 2) + q / 2 * 2;  // of the two columns whose metadata this thread comes to have
+  Pair* staged = staged_values + staged_pair<T>(8 * g, quad);  // of all its columns: they are a multiple of 64 away, or < 8
+  uint16_t* meta = staged_meta[0] + staged_word(to.layout, 4 * quad + g % 4, g / 4 * 2);
+  uint16_t* meta_t = staged_meta[1] + staged_word(to.layout, first_t, warp);
+
+#pragma unroll 1
+  for (int half = 0; half < kUnits; ++half) {
+    const int column = 64 * half + 8 * g;  // of the block's
+    Tile<T> tiles[2];
+    if constexpr (kInside) load_tiles(w, row, column0 + column, tiles);
+    Pairs<T, 2> picked[4];
+    uint32_t code = 0, code_t[2];
+#pragma unroll 1
+    for (int side = 0; side < 2; ++side) {  // one after the other: registers are for more warps
+      const int64_t first = column0 + column + 4 * side;
+      Tile<T> tile = tiles[0];
+      tiles[0] = tiles[1];
+      if constexpr (!kInside) tile = load_tile<false>(w, row, first);
+      Tile24 kept = prune_tile<kTransposable>(kScored ? load_tile<kInside>(score, row, first) : tile);
+      if constexpr (!kInside)
+        kept = at_edge24(kept.word, kept.columns, within_tile(w.m - first), within_tile(w.n - row));
+      const Slots24 slots = slots24(kept.rows), slots_t = slots24(kept.columns);
+      code = code >> 4 | slots.code << 4;
+      code_t[0] = code_t[1];
+      code_t[1] = slots_t.code;
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        picked[r].at[0] = picked[r].at[1];
+        picked[r].at[1] = tile.pick(r, slots);
+      }
+      if constexpr (!kTransposable || !kInside) tile.keep(kept.word);
+      tile = tile.transposed();
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const Pair pair = tile.pick(c, slots_t);
+        staged[(64 * half + 4 * side + c) * kQuads] = pair;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+      if (kInside || 4 * quad + r < at.rows)
+        store_pairs<(kInside && sizeof(T) == 2)>(values + r * pitch + column / 2, picked[r], at.columns - column);
+    const uint32_t rows = gather_rows(code, g), columns = gather_columns(code_t[0], code_t[1], q);
+    const int next = half * staged_word(to.layout, 0, 4), next_t = half * staged_word(to.layout, 64, 0);
+    meta[next] = uint16_t(rows);
+    meta[next + staged_word(to.layout, 0, 1)] = uint16_t(rows >> 16);
+    meta_t[next_t] = uint16_t(columns);
+    meta_t[next_t + staged_word(to.layout, 1, 0)] = uint16_t(columns >> 16);
+  }
+  __syncthreads();
+
+  constexpr int kPairs = 16 / sizeof(Pair), kColumnUnits = kQuads / kPairs;  // 16-byte units of a column
+  const int64_t pitch_t = to_t.columns / 2;
+  T* values_t = static_cast<T*>(to_t.values) + column0 * pitch_t + row0 / 2;
+#pragma unroll
+  for (int i = 0; i < kTile * kColumnUnits / kThreads; ++i) {
+    const int unit = i * kThreads + threadIdx.x, column = unit / kColumnUnits, first = unit % kColumnUnits * kPairs;
+    const auto pairs = *reinterpret_cast<const Pairs<T, kPairs>*>(staged_values + staged_pair<T>(column, first));
+    T* out = values_t + column * pitch_t + 2 * first;
+    if (kInside && vectors_t)
+      store_pairs<true>(out, pairs, 0);
+    else if (kInside || column < at_t.rows)
+      store_pairs<false>(out, pairs, at_t.columns - 4 * first);
+  }
+  static_assert(2 * kMetaThreads == kThreads);
+  if (int(threadIdx.x) < kMetaThreads)
+    store_meta(to, at, staged_meta[0], threadIdx.x);
+  else
+    store_meta(to_t, at_t, staged_meta[1], int(threadIdx.x) - kMetaThreads);
+}
+
+// f(a null pointer of the element type).
+template <class F>
+cudaError_t with_weight_type(DType type, F f) {
+  return with_type(type, [&](auto* tag) {
+    if constexpr (sizeof(*tag) == 8)
+      return cudaErrorInvalidValue;
+    else
+      return f(tag);
+  });
+}
+
+bool starts_whole(const void* data, int64_t columns, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && columns * bytes % 16 == 0;
+}
+
+template <class T, bool kTransposable, bool kScored>
+cudaError_t prune_compress(const PruneCompress24& a, cudaStream_t stream) {
+  const Pack24 to = Pack24::of(a.layout, a.n, a.m, a.values, a.meta);
+  const Pack24 to_t = Pack24::of(a.layout, a.m, a.n, a.values_t, a.meta_t);
+  Blocks blocks = {int(ceil_div(std::max(to.rows, to_t.columns), kTile)),
+                   int(ceil_div(std::max(to.columns, to_t.rows), kTile)), 0, 0};
+  if (starts_whole(a.w, a.m, sizeof(T)) && starts_whole(a.score, a.m, sizeof(T))) {
+    blocks.inside_rows = int(a.n / kTile);
+    blocks.inside_columns = int(a.m / kTile);
+  }
+  const Source<T> w = {static_cast<const T*>(a.w), a.n, a.m}, score = {static_cast<const T*>(a.score), a.n, a.m};
+  const bool vectors_t = to_t.columns / 2 * int64_t(sizeof(T)) % 16 == 0;
+  cudaError_t error = cudaSuccess;
+  if (const int count = blocks.count(true))
+    error = launch(prune_compress_kernel<T, kTransposable, kScored, true>, unsigned(count), kThreads, 0, stream, w,
+                   score, to, to_t, blocks, vectors_t);
+  if (const int count = blocks.count(false); count && error == cudaSuccess)
+    error = launch(prune_compress_kernel<T, kTransposable, kScored, false>, unsigned(count), kThreads, 0, stream, w,
+                   score, to, to_t, blocks, vectors_t);
+  return error;
+}
+
+}  // namespace
+
+cudaError_t launch_prune24(DType type, const void* score, int64_t n, int64_t m, Prune24 by, uint8_t* mask,
+                           cudaStream_t stream) {
+  if (n == 0 || m == 0) return cudaSuccess;
+  const unsigned blocks = unsigned(std::min<int64_t>(ceil_div(ceil_div(n, 4) * ceil_div(m, 4), kThreads), kMaxBlocks));
+  return with_weight_type(type, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    const auto kernel = by == Prune24::transposable ? prune_kernel<T, true> : prune_kernel<T, false>;
+    const bool vectors = reinterpret_cast<uintptr_t>(score) % sizeof(Four24<T>) == 0 && m % 4 == 0;
+    return launch(kernel, blocks, kThreads, 0, stream, Source<T>{static_cast<const T*>(score), n, m}, vectors, mask);
+  });
+}
+
+cudaError_t launch_prune_compress24(DType type, const PruneCompress24& a, cudaStream_t stream) {
+  if (a.n == 0 || a.m == 0) return cudaSuccess;
+  return with_weight_type(type, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    if (a.by == Prune24::transposable)
+      return a.score ? prune_compress<T, true, true>(a, stream) : prune_compress<T, true, false>(a, stream);
+    return a.score ? prune_compress<T, false, true>(a, stream) : prune_compress<T, false, false>(a, stream);
+  });
+}
+
+}  // namespace slk::cuda

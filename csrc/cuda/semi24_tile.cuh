@@ -1,0 +1,188 @@
+// What the kernels of family `semi24` share: 4 x 4 tiles in a thread's registers, their packing, and where packs lie.
+#pragma once
+
+#include "cuda/types.cuh"
+#include "slkernels/ptx/arith.h"
+#include "slkernels/ptx/global.h"
+#include "slkernels/semi24.cuh"
+
+namespace slk::cuda {
+
+constexpr int kChunk24 = 8;  // columns that a thread handles in a row: 16 bytes of a 16-bit type, a byte of metadata
+
+// ---- packs ----------------------------------------------------------------------------------------------------------
+
+// A pack of a matrix whose padded extents are rows x columns.
+struct Pack24 {
+  void* values;
+  void* meta;
+  Layout24 layout;
+  int64_t rows, columns;
+
+  static Pack24 of(Layout24 layout, int64_t n, int64_t m, void* values, void* meta) {
+    return {values, meta, layout, padded_rows24(layout, n), padded_columns24(layout, m)};
+  }
+  SLK_HD int64_t meta_row_bytes() const { return (columns + kChunk24 - 1) / kChunk24; }  // of layout plain
+  // The byte of metadata of columns 8 chunk .. 8 chunk + 7.
+  __device__ int64_t meta_byte(int64_t row, int64_t chunk) const {
+    if (layout == Layout24::plain) return row * meta_row_bytes() + chunk;
+    return 2 * packed_word24(layout, row, chunk / 2, rows) + chunk % 2;
+  }
+};
+
+// ---- slots ----------------------------------------------------------------------------------------------------------
+
+// The two slots of four groups, a byte a group, from a word of which bit 4 g + i says that group g keeps element i.
+//
+// Of four bits, two set, the lower three tell which. They index the eight bytes from which prmt picks, for four groups
+// at once.
+struct Slots24 {
+  uint32_t code;           // as in metadata
+  uint32_t first, second;  // prmt selectors of that element of 16 bits among the four in two registers
+};
+__device__ inline Slots24 slots24(uint32_t word) {
+  const uint32_t index = word & 0x7777u;
+  return {ptx::prmt(0x040d0c00u, 0x0009080eu, index), ptx::prmt(0x10321000u, 0x00321054u, index),
+          ptx::prmt(0x32767600u, 0x00545476u, index)};
+}
+
+// ---- tiles ----------------------------------------------------------------------------------------------------------
+
+// Two elements.
+template <class T>
+using Pair24 = std::conditional_t<sizeof(T) == 2, uint32_t, uint2>;
+
+// A 4 x 4 tile of elements of 16 bits, two columns a register.
+template <class T>
+struct Tile16 {
+  uint32_t left[4], right[4];  // [row]: columns 0 and 1; 2 and 3
+
+  __device__ void set_row(int row, uint2 four) {
+    left[row] = four.x;
+    right[row] = four.y;
+  }
+  // The bits of an element as fp32.
+  __device__ int bits(int row, int column) const {
+    const uint32_t pair = column < 2 ? left[row] : right[row];
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) return int(column % 2 ? pair & 0xffff0000u : pair << 16);
+    return __float_as_int(__half2float(__ushort_as_half(uint16_t(column % 2 ? pair >> 16 : pair))));
+  }
+  // What magnitude24 makes of an element.
+  __device__ void magnitudes(float (&magnitude)[4][4]) const {
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+#pragma unroll
+      for (int c = 0; c < 4; c += 2) {
+        if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // two at a time; the minimum of NaN and a number is that
+          const __nv_bfloat162 most = __floats2bfloat162_rn(0x1p124f, 0x1p124f);
+          const uint32_t pair = (c ? right[r] : left[r]) & 0x7fff7fffu;
+          __nv_bfloat162 clamped;
+          memcpy(&clamped, &pair, 4);
+          clamped = __hmin2(clamped, most);
+          uint32_t bits;
+          memcpy(&bits, &clamped, 4);
+          magnitude[r][c] = __uint_as_float(bits << 16);
+          magnitude[r][c + 1] = __uint_as_float(bits & 0xffff0000u);
+        } else {
+          magnitude[r][c] = __int_as_float(magnitude24(this->bits(r, c)));
+          magnitude[r][c + 1] = __int_as_float(magnitude24(this->bits(r, c + 1)));
+        }
+      }
+  }
+  __device__ Tile16 transposed() const {
+    Tile16 t;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const uint32_t(&from)[4] = c < 2 ? left : right;
+      const uint32_t selector = c % 2 ? 0x7632 : 0x5410;
+      t.left[c] = ptx::prmt(from[0], from[1], selector);
+      t.right[c] = ptx::prmt(from[2], from[3], selector);
+    }
+    return t;
+  }
+  // Zeros where `word` has a 0 at bit 4 row + column.
+  __device__ void keep(uint32_t word) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      left[r] &= lanes(word >> (4 * r));
+      right[r] &= lanes(word >> (4 * r + 2));
+    }
+  }
+  // The two elements of a row that its slots name.
+  __device__ uint32_t pick(int row, const Slots24& slots) const {
+    return ptx::prmt(left[row], right[row], ptx::prmt(slots.first, slots.second, uint32_t(row | (row + 4) << 4)));
+  }
+
+ private:
+  // Bits 0 and 1 as two masks of 16 bits.
+  __device__ static uint32_t lanes(uint32_t bits) { return ptx::prmt((bits & 3) * 0x40008000u, 0, 0xbb99); }
+};
+
+// The same of elements of 32 bits.
+struct Tile32 {
+  uint32_t at[4][4];
+
+  __device__ void set_row(int row, uint4 four) {
+    at[row][0] = four.x;
+    at[row][1] = four.y;
+    at[row][2] = four.z;
+    at[row][3] = four.w;
+  }
+  __device__ int bits(int row, int column) const { return int(at[row][column]); }
+  __device__ void magnitudes(float (&magnitude)[4][4]) const {
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) magnitude[r][c] = __int_as_float(magnitude24(bits(r, c)));
+  }
+  __device__ Tile32 transposed() const {
+    Tile32 t;
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) t.at[c][r] = at[r][c];
+    return t;
+  }
+  __device__ void keep(uint32_t word) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) at[r][c] = word >> (4 * r + c) & 1 ? at[r][c] : 0;
+  }
+  __device__ uint2 pick(int row, const Slots24& slots) const {
+    const uint32_t code = slots.code >> (8 * row);
+    const uint32_t first = code & 2 ? at[row][2] : code & 1 ? at[row][1] : at[row][0];
+    const uint32_t second = code & 8 ? (code & 4 ? at[row][3] : at[row][2]) : at[row][1];
+    return {first, second};
+  }
+};
+
+template <class T>
+using Tile = std::conditional_t<sizeof(T) == 2, Tile16<T>, Tile32>;
+
+// Four elements of a row, as Tile::set_row takes them.
+template <class T>
+using Four24 = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
+
+// ---- pruning --------------------------------------------------------------------------------------------------------
+
+// What a tile keeps, and the slots of its packs, as in Tile24.
+template <bool kTransposable, class AnyTile>
+__device__ Tile24 prune_tile(const AnyTile& score) {
+  if constexpr (kTransposable) {
+    float magnitude[4][4];
+    score.magnitudes(magnitude);
+    const int word = best24<int>(magnitude);
+    return {word, word, transpose24(word)};
+  } else {
+    int rank[4][4];
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) rank[r][c] = rank24(score.bits(r, c));
+    const int word = by_rows24<int>(rank);
+    return {word, word, again_by_columns24(word, rank)};
+  }
+}
+
+}  // namespace slk::cuda
