@@ -11,6 +11,7 @@
 #include "slkernels/project.h"
 #include "slkernels/project_quant.h"
 #include "slkernels/semi24_linear.h"
+#include "slkernels/semi24_pack.h"
 #include "slkernels/sparse.h"
 
 namespace slk::cpu {
@@ -122,5 +123,6 @@ SLK_TABLE(NormKernels, norm_table, norm_kernels)
 SLK_TABLE(ProjectKernels, project_table, project_kernels)
 SLK_TABLE(QuantKernels, quant_table, quant_kernels)
 SLK_TABLE(Semi24LinearKernels, semi24_linear_table, semi24_linear_kernels)
+SLK_TABLE(Pack24Kernels, pack24_table, pack24_kernels)
 
 }  // namespace slk::cpu
