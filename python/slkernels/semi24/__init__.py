@@ -4,7 +4,7 @@ Formats and layouts: include/slkernels/semi24.h.
 """
 
 from ._dispatch import sparse_pays24
-from ._linear import dw_compress24, linear24
+from ._linear import dw_compress24, linear24, linear24_packed, linear24_train
 from ._pack import (
     check24,
     compress24,
@@ -24,6 +24,8 @@ __all__ = [
     "decompress24",
     "dw_compress24",
     "linear24",
+    "linear24_packed",
+    "linear24_train",
     "mask_of24",
     "prune24",
     "prune_compress24",
