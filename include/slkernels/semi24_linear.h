@@ -44,7 +44,8 @@ struct ColumnLists24 {
 };
 
 struct Semi24LinearKernels {
-  // y[t, i] for a tile of at most kTileOutputs24 rows i of W and kTileTokens24 tokens t. scratch: kTileScratch24 floats.
+  // y[t, i] for a tile of at most kTileOutputs24 rows i of W and kTileTokens24 tokens t. scratch: kTileScratch24
+  // floats.
   void (*linear)(DType, const Weight24&, const Matrix& x, const void* bias, Activation24, Range rows, Range tokens,
                  const Matrix& y, float* scratch);
 
