@@ -15,9 +15,9 @@ namespace slk::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTile = 128;            // rows and columns of W a block; a multiple of every layout's padding but sm80's 64
-constexpr int kQuads = kTile / 4;     // rows of tiles
-constexpr int kUnits = 2;             // a thread
+constexpr int kTile = 128;         // rows and columns of W a block; a multiple of every layout's padding but sm80's 64
+constexpr int kQuads = kTile / 4;  // rows of tiles
+constexpr int kUnits = 2;          // a thread
 constexpr unsigned kMaxBlocks = 8192;
 constexpr int kMetaWords = kTile * kTile / 16;
 static_assert(kUnits * kThreads * 4 * kChunk24 == kTile * kTile);
@@ -81,18 +81,13 @@ __device__ int within_tile(int64_t left) {
 
 // ---- prune24 --------------------------------------------------------------------------------------------------------
 
-// Four bits as four bytes.
-__device__ uint32_t bytes_of(uint32_t bits) {
-  return (bits & 15) * 0x00204081u & 0x01010101u;
-}
-
 template <class T, bool kTransposable>
 __global__ void __launch_bounds__(kThreads) prune_kernel(Source<T> score, bool vectors, uint8_t* mask) {
   const int64_t tiles = (score.m + 3) / 4, total = (score.n + 3) / 4 * tiles;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < total; i += int64_t(gridDim.x) * kThreads) {
     const int64_t row = i / tiles * 4, column = i % tiles * 4;
-    const Tile<T> tile = vectors && row + 4 <= score.n ? load_tile<true>(score, row, column)
-                                                       : load_tile<false>(score, row, column);
+    const Tile<T> tile =
+        vectors && row + 4 <= score.n ? load_tile<true>(score, row, column) : load_tile<false>(score, row, column);
     const uint32_t word = prune_tile<kTransposable>(tile).word;
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
@@ -112,12 +107,23 @@ __global__ void __launch_bounds__(kThreads) prune_kernel(Source<T> score, bool v
 
 // ---- prune_compress24 -----------------------------------------------------------------------------------------------
 
+// A pack, its padded extents worked out.
+struct Target {
+  void *values, *meta;
+  Layout24 layout;
+  int64_t rows, columns;  // of the dense matrix
+
+  static Target of(const Packed24& pack) {
+    return {pack.values, pack.meta, pack.layout, pack.rows(), 2 * pack.row_values()};
+  }
+};
+
 // Where a block's 128 x 128 lie in a pack, and how much of them.
 struct Place {
   int64_t row, column;
   int rows, columns;  // of the block's, inside the padded extents; not positive: none
 
-  __device__ Place(const Pack24& to, int64_t row, int64_t column)
+  __device__ Place(const Target& to, int64_t row, int64_t column)
       : row(row),
         column(column),
         rows(int(min(to.rows - row, int64_t(kTile)))),
@@ -132,7 +138,7 @@ __device__ int staged_word(Layout24 layout, int row, int word) {
 
 // Stores them. thread: 0 .. kMetaThreads - 1, 16 bytes each.
 constexpr int kMetaThreads = kMetaWords / 8;
-__device__ void store_meta(const Pack24& to, const Place& at, const uint16_t* staged, int thread) {
+__device__ void store_meta(const Target& to, const Place& at, const uint16_t* staged, int thread) {
   const int word = 8 * thread;
   const uint4 chunk = *reinterpret_cast<const uint4*>(staged + word);
   uint16_t* words = static_cast<uint16_t*>(to.meta);
@@ -144,7 +150,7 @@ __device__ void store_meta(const Pack24& to, const Place& at, const uint16_t* st
     if (32 * pair < at.columns && offset / 2 < at.rows)
       *reinterpret_cast<uint4*>(words + sm80_word24(at.row, at.column / 16 + 2 * pair, to.rows) + offset) = chunk;
   } else {
-    const int64_t pitch = to.meta_row_bytes(), first = at.column / kChunk24;
+    const int64_t pitch = (to.columns + kChunk24 - 1) / kChunk24, first = at.column / kChunk24;
     uint8_t* bytes = static_cast<uint8_t*>(to.meta) + at.row * pitch + first;
     constexpr int kRowBytes = kTile / kChunk24;
     static_assert(kRowBytes == sizeof chunk);
@@ -177,8 +183,8 @@ __device__ void store_pairs(T* to, const Pairs<T, kCount>& pairs, int left) {
   }
 }
 
-// Where W_t's values of a column and a row of tiles are staged. Warps write 8 columns 8 apart by 4 rows of tiles, and read
-// 16 bytes along a column: with the 16-byte units of a column permuted by its number, both meet every bank once.
+// Where W_t's values of a column and a row of tiles are staged. Warps write 8 columns 8 apart by 4 rows of tiles, and
+// read 16 bytes along a column: with the 16-byte units of a column permuted by its number, both meet every bank once.
 template <class T>
 __device__ int staged_pair(int column, int quad) {
   constexpr int kPairs = 16 / sizeof(Pair24<T>);
@@ -224,10 +230,10 @@ struct Blocks {
 // kInside: the blocks' elements are all inside of W, and its rows start at multiples of 16 bytes.
 template <class T, bool kTransposable, bool kScored, bool kInside>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kInside ? 3 : 2)
-    prune_compress_kernel(Source<T> w, Source<T> score, Pack24 to, Pack24 to_t, Blocks blocks, bool vectors_t) {
+    prune_compress_kernel(Source<T> w, Source<T> score, Target to, Target to_t, Blocks blocks, bool vectors_t) {
   using Pair = Pair24<T>;
-  __shared__ alignas(16) Pair staged_values[kTile * kQuads];
-  __shared__ alignas(16) uint16_t staged_meta[2][kMetaWords];
+  __shared__ __align__(16) Pair staged_values[kTile * kQuads];
+  __shared__ __align__(16) uint16_t staged_meta[2][kMetaWords];
   const int2 block = kInside ? blocks.inside(blockIdx.x) : blocks.outside(blockIdx.x);
   const int64_t row0 = int64_t(block.x) * kTile, column0 = int64_t(block.y) * kTile;
   const int g = threadIdx.x % 8, q = threadIdx.x / 8 % 4, warp = threadIdx.x / 32, quad = 4 * warp + q;
@@ -235,7 +241,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kInside ? 3 : 2)
   const int64_t row = row0 + 4 * quad, pitch = to.columns / 2;
   T* values = static_cast<T*>(to.values) + row * pitch + column0 / 2;
   const int first_t = 8 * g + 4 * (q % 2) + q / 2 * 2;  // of the two columns whose metadata this thread comes to have
-  Pair* staged = staged_values + staged_pair<T>(8 * g, quad);  // of all its columns: they are a multiple of 64 away, or < 8
+  Pair* staged =
+      staged_values + staged_pair<T>(8 * g, quad);  // of all its columns: they are a multiple of 64 away, or < 8
   uint16_t* meta = staged_meta[0] + staged_word(to.layout, 4 * quad + g % 4, g / 4 * 2);
   uint16_t* meta_t = staged_meta[1] + staged_word(to.layout, first_t, warp);
 
@@ -244,14 +251,18 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kInside ? 3 : 2)
     const int column = 64 * half + 8 * g;  // of the block's
     Tile<T> tiles[2];
     if constexpr (kInside) load_tiles(w, row, column0 + column, tiles);
-    Pairs<T, 2> picked[4];
-    uint32_t code = 0, code_t[2];
+    Pairs<T, 2> picked[4] = {};
+    uint32_t code = 0, code_t[2] = {};
 #pragma unroll 1
     for (int side = 0; side < 2; ++side) {  // one after the other: registers are for more warps
       const int64_t first = column0 + column + 4 * side;
-      Tile<T> tile = tiles[0];
-      tiles[0] = tiles[1];
-      if constexpr (!kInside) tile = load_tile<false>(w, row, first);
+      Tile<T> tile;
+      if constexpr (kInside) {
+        tile = tiles[0];
+        tiles[0] = tiles[1];
+      } else {
+        tile = load_tile<false>(w, row, first);
+      }
       Tile24 kept = prune_tile<kTransposable>(kScored ? load_tile<kInside>(score, row, first) : tile);
       if constexpr (!kInside)
         kept = at_edge24(kept.word, kept.columns, within_tile(w.m - first), within_tile(w.n - row));
@@ -321,16 +332,17 @@ bool starts_whole(const void* data, int64_t columns, int64_t bytes) {
 }
 
 template <class T, bool kTransposable, bool kScored>
-cudaError_t prune_compress(const PruneCompress24& a, cudaStream_t stream) {
-  const Pack24 to = Pack24::of(a.layout, a.n, a.m, a.values, a.meta);
-  const Pack24 to_t = Pack24::of(a.layout, a.m, a.n, a.values_t, a.meta_t);
+cudaError_t prune_compress(const void* data, const void* scores, const Packed24& pack, const Packed24& pack_t,
+                           cudaStream_t stream) {
+  const Target to = Target::of(pack), to_t = Target::of(pack_t);
+  const int64_t n = pack.n, m = pack.m;
+  const Source<T> w = {static_cast<const T*>(data), n, m}, score = {static_cast<const T*>(scores), n, m};
   Blocks blocks = {int(ceil_div(std::max(to.rows, to_t.columns), kTile)),
                    int(ceil_div(std::max(to.columns, to_t.rows), kTile)), 0, 0};
-  if (starts_whole(a.w, a.m, sizeof(T)) && starts_whole(a.score, a.m, sizeof(T))) {
-    blocks.inside_rows = int(a.n / kTile);
-    blocks.inside_columns = int(a.m / kTile);
+  if (starts_whole(data, m, sizeof(T)) && starts_whole(scores, m, sizeof(T))) {
+    blocks.inside_rows = int(n / kTile);
+    blocks.inside_columns = int(m / kTile);
   }
-  const Source<T> w = {static_cast<const T*>(a.w), a.n, a.m}, score = {static_cast<const T*>(a.score), a.n, a.m};
   const bool vectors_t = to_t.columns / 2 * int64_t(sizeof(T)) % 16 == 0;
   cudaError_t error = cudaSuccess;
   if (const int count = blocks.count(true))
@@ -346,7 +358,6 @@ cudaError_t prune_compress(const PruneCompress24& a, cudaStream_t stream) {
 
 cudaError_t launch_prune24(DType type, const void* score, int64_t n, int64_t m, Prune24 by, uint8_t* mask,
                            cudaStream_t stream) {
-  if (n == 0 || m == 0) return cudaSuccess;
   const unsigned blocks = unsigned(std::min<int64_t>(ceil_div(ceil_div(n, 4) * ceil_div(m, 4), kThreads), kMaxBlocks));
   return with_weight_type(type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
@@ -356,13 +367,15 @@ cudaError_t launch_prune24(DType type, const void* score, int64_t n, int64_t m, 
   });
 }
 
-cudaError_t launch_prune_compress24(DType type, const PruneCompress24& a, cudaStream_t stream) {
-  if (a.n == 0 || a.m == 0) return cudaSuccess;
+cudaError_t launch_prune_compress24(DType type, const void* w, const void* score, Prune24 by, const Packed24& pack,
+                                    const Packed24& pack_t, cudaStream_t stream) {
   return with_weight_type(type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    if (a.by == Prune24::transposable)
-      return a.score ? prune_compress<T, true, true>(a, stream) : prune_compress<T, true, false>(a, stream);
-    return a.score ? prune_compress<T, false, true>(a, stream) : prune_compress<T, false, false>(a, stream);
+    const bool scored = score != nullptr && score != w;
+    const auto run = by == Prune24::transposable
+                         ? (scored ? prune_compress<T, true, true> : prune_compress<T, true, false>)
+                         : (scored ? prune_compress<T, false, true> : prune_compress<T, false, false>);
+    return run(w, scored ? score : w, pack, pack_t, stream);
   });
 }
 

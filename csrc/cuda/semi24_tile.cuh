@@ -5,6 +5,7 @@
 #include "slkernels/ptx/arith.h"
 #include "slkernels/ptx/global.h"
 #include "slkernels/semi24.cuh"
+#include "slkernels/semi24_pack.h"
 
 namespace slk::cuda {
 
@@ -12,23 +13,16 @@ constexpr int kChunk24 = 8;  // columns that a thread handles in a row: 16 bytes
 
 // ---- packs ----------------------------------------------------------------------------------------------------------
 
-// A pack of a matrix whose padded extents are rows x columns.
-struct Pack24 {
-  void* values;
-  void* meta;
-  Layout24 layout;
-  int64_t rows, columns;
+// The byte of metadata of columns 8 chunk .. 8 chunk + 7.
+__device__ inline int64_t meta_byte(const Packed24& pack, int64_t row, int64_t chunk) {
+  if (pack.layout == Layout24::plain) return row * ((pack.m + kChunk24 - 1) / kChunk24) + chunk;
+  return 2 * packed_word24(pack.layout, row, chunk / 2, pack.rows()) + chunk % 2;
+}
 
-  static Pack24 of(Layout24 layout, int64_t n, int64_t m, void* values, void* meta) {
-    return {values, meta, layout, padded_rows24(layout, n), padded_columns24(layout, m)};
-  }
-  SLK_HD int64_t meta_row_bytes() const { return (columns + kChunk24 - 1) / kChunk24; }  // of layout plain
-  // The byte of metadata of columns 8 chunk .. 8 chunk + 7.
-  __device__ int64_t meta_byte(int64_t row, int64_t chunk) const {
-    if (layout == Layout24::plain) return row * meta_row_bytes() + chunk;
-    return 2 * packed_word24(layout, row, chunk / 2, rows) + chunk % 2;
-  }
-};
+// Four bits as four bytes.
+__device__ inline uint32_t bytes_of(uint32_t bits) {
+  return (bits & 15) * 0x00204081u & 0x01010101u;
+}
 
 // ---- slots ----------------------------------------------------------------------------------------------------------
 
@@ -74,13 +68,7 @@ struct Tile16 {
 #pragma unroll
       for (int c = 0; c < 4; c += 2) {
         if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // two at a time; the minimum of NaN and a number is that
-          const __nv_bfloat162 most = __floats2bfloat162_rn(0x1p124f, 0x1p124f);
-          const uint32_t pair = (c ? right[r] : left[r]) & 0x7fff7fffu;
-          __nv_bfloat162 clamped;
-          memcpy(&clamped, &pair, 4);
-          clamped = __hmin2(clamped, most);
-          uint32_t bits;
-          memcpy(&bits, &clamped, 4);
+          const uint32_t bits = smaller((c ? right[r] : left[r]) & 0x7fff7fffu, 0x7d807d80u);
           magnitude[r][c] = __uint_as_float(bits << 16);
           magnitude[r][c + 1] = __uint_as_float(bits & 0xffff0000u);
         } else {
@@ -93,7 +81,7 @@ struct Tile16 {
     Tile16 t;
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      const uint32_t(&from)[4] = c < 2 ? left : right;
+      const uint32_t (&from)[4] = c < 2 ? left : right;
       const uint32_t selector = c % 2 ? 0x7632 : 0x5410;
       t.left[c] = ptx::prmt(from[0], from[1], selector);
       t.right[c] = ptx::prmt(from[2], from[3], selector);
@@ -114,6 +102,11 @@ struct Tile16 {
   }
 
  private:
+  __device__ static uint32_t smaller(uint32_t a, uint32_t b) {
+    const __nv_bfloat162 least =
+        __hmin2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+    return reinterpret_cast<const uint32_t&>(least);
+  }
   // Bits 0 and 1 as two masks of 16 bits.
   __device__ static uint32_t lanes(uint32_t bits) { return ptx::prmt((bits & 3) * 0x40008000u, 0, 0xbb99); }
 };

@@ -386,5 +386,18 @@ STABLE_TORCH_LIBRARY_IMPL(slkernels, CPU, m) {
   m.impl("repack24_perm", TORCH_BOX(&repack24_perm));
   m.impl("repack24_t_", TORCH_BOX(&repack24_t_));
 }
+#ifdef SLKERNELS_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(slkernels, CUDA, m) {
+  m.impl("prune24", TORCH_BOX(&prune24));
+  m.impl("prune_compress24", TORCH_BOX(&prune_compress24));
+  m.impl("compress24", TORCH_BOX(&compress24));
+  m.impl("decompress24", TORCH_BOX(&decompress24));
+  m.impl("mask_of24", TORCH_BOX(&mask_of24));
+  m.impl("check24", TORCH_BOX(&check24));
+  m.impl("convert24", TORCH_BOX(&convert24));
+  m.impl("repack24_perm", TORCH_BOX(&repack24_perm));
+  m.impl("repack24_t_", TORCH_BOX(&repack24_t_));
+}
+#endif
 
 }  // namespace slk

@@ -24,16 +24,16 @@ SLK_PER_ISA {
     return word / 2 * 2 * rows + 2 * (i - i % 2) + 2 * (word % 2) + i % 2;
   }
   template <class I>
-SLK_SEMI24 constexpr I sm90_word24(I row, I word, I rows) {
+  SLK_SEMI24 constexpr I sm90_word24(I row, I word, I rows) {
     // Atoms of 64 rows x kSm90TileK columns, down a column of atoms first. In an atom, fastest first: row bit 3, column
     // bits 5 and up, row bits 0-2, column bit 4, row bits 4-5. (Column bits 0-3 are within the word.)
-    constexpr int64_t words = kSm90TileK / 16, blocks = words / 2;
+    constexpr I words = kSm90TileK / 16, blocks = words / 2;
     const int64_t w = word % words;
     const int64_t inside = row / 8 % 2 + 2 * (w / 2 + blocks * (row % 8 + 8 * (w % 2 + 2 * (row / 16 % 4))));
     return word / words * words * rows + row / 64 * 64 * words + inside;
   }
   template <class I>
-SLK_SEMI24 constexpr I packed_word24(Layout24 layout, I row, I word, I rows) {
+  SLK_SEMI24 constexpr I packed_word24(Layout24 layout, I row, I word, I rows) {
     return layout == Layout24::sm80 ? sm80_word24(row, word, rows) : sm90_word24(row, word, rows);
   }
 
@@ -206,7 +206,7 @@ SLK_SEMI24 constexpr I packed_word24(Layout24 layout, I row, I word, I rows) {
   }
 
   // What a tile at the matrix' edge, `width` columns by `height` rows of it inside, keeps and packs. The elements
-  // outside are zeros. Inside the matrix: rows == word, columns as they were.
+  // outside are zeros, and of a row or column outside slots 0 and 1 are packed. Inside: rows == word, columns as given.
   struct Tile24 {
     int word;     // kept elements of the matrix, bit 4 r + c
     int rows;     // slots of W's pack, bit 4 r + c
@@ -217,8 +217,8 @@ SLK_SEMI24 constexpr I packed_word24(Layout24 layout, I row, I word, I rows) {
     for (int r = 0; r < height; ++r) tile.word |= word & ((1 << width) - 1) << 4 * r;
     const int kept = columns & transpose24(tile.word);
     for (int i = 0; i < 4; ++i) {
-      tile.rows |= fill24(tile.word >> 4 * i & 15, width) << 4 * i;
-      tile.columns |= fill24(kept >> 4 * i & 15, height) << 4 * i;
+      tile.rows |= (i < height ? fill24(tile.word >> 4 * i & 15, width) : 3) << 4 * i;
+      tile.columns |= (i < width ? fill24(kept >> 4 * i & 15, height) : 3) << 4 * i;
     }
     return tile;
   }

@@ -1,55 +1,41 @@
-// The CUDA launchers of family `semi24`, packing. Formats: slkernels/semi24.h; the same bits as the CPU kernels'.
+// The CUDA launchers of family `semi24`, packing. Contracts: slkernels/semi24_pack.h; the same bits as the CPU
+// kernels'.
 //
-// Sizes n, m are the dense matrix'. Everything is contiguous; float types are f32, bf16 and f16, and packed layouts
-// hold the 16-bit ones. Asynchronous on `stream`, deterministic, no scratch.
+// Asynchronous on `stream`, deterministic, no scratch. Float types are f32, bf16, f16; `bytes` (2, 4) is the size of
+// an element that is only moved. Nothing is empty. Unlike the CPU's kernels, these write a pack's padding.
 #pragma once
 
-#include "slkernels/semi24.h"
+#include "slkernels/semi24_pack.h"
 
 #if defined(SLKERNELS_WITH_CUDA) || defined(__CUDACC__)
 #include <cuda_runtime_api.h>
 
 namespace slk::cuda {
 
-enum class Prune24 : int { rows, transposable };
+// mask [n, m] = prune24(score [n, m]).
+cudaError_t launch_prune24(DType, const void* score, int64_t n, int64_t m, Prune24, uint8_t* mask, cudaStream_t);
 
-// mask [n, m] bytes 0 or 1 from score [n, m].
-cudaError_t launch_prune24(DType, const void* score, int64_t n, int64_t m, Prune24 by, uint8_t* mask,
-                           cudaStream_t stream);
+// W's pack and W_t's from one pass over W [n, m], pruned by |score|, or by |W| if score is null. Padding is written
+// too.
+cudaError_t launch_prune_compress24(DType, const void* w, const void* score, Prune24, const Packed24& pack,
+                                    const Packed24& pack_t, cudaStream_t);
 
-// One pass over W [n, m], pruned by |score| (null: |W|; its type is W's): W's pack and W_t's, both in `layout`.
-struct PruneCompress24 {
-  const void *w, *score;
-  int64_t n, m;
-  Prune24 by;
-  Layout24 layout;
-  void *values, *meta, *values_t, *meta_t;
-};
-cudaError_t launch_prune_compress24(DType, const PruneCompress24&, cudaStream_t stream);
+// W (*) mask. Whether the mask is 2:4 is not known on the host: a group that is not becomes two NaNs with code 0x4.
+cudaError_t launch_compress24(DType, const void* w, const uint8_t* mask, const Packed24&, cudaStream_t);
+// *first = the first group (row * groups24(m) + group) of the mask that is not 2:4, or -1; the first whose code is none
+// of the six.
+cudaError_t launch_check_mask24(const uint8_t* mask, int64_t n, int64_t m, int64_t* first, cudaStream_t);
+cudaError_t launch_check24(const Packed24&, int64_t* first, cudaStream_t);
 
-// A mask whose bytes are 0 or 1. Nothing is read back, so that a group that is not 2:4 cannot raise here: what it packs
-// are two NaNs, in its first two slots by fill24. (check_mask24 finds the first such group, and waits.)
-cudaError_t launch_compress24(DType, const void* w, const uint8_t* mask, int64_t n, int64_t m, Layout24 layout,
-                              void* values, void* meta, cudaStream_t stream);
-// first = the number of the first group (row * ceil(m / 4) + group) of a mask that is not 2:4, or -1.
-cudaError_t launch_check_mask24(const uint8_t* mask, int64_t n, int64_t m, int64_t* first, cudaStream_t stream);
+cudaError_t launch_decompress24(int bytes, const Packed24&, void* w, cudaStream_t);
+cudaError_t launch_mask_of24(const Packed24&, uint8_t* mask, cudaStream_t);
+cudaError_t launch_convert24(int bytes, const Packed24& from, const Packed24& to, cudaStream_t);
 
-// W [n, m] with zeros where it was pruned; mask [n, m].
-cudaError_t launch_decompress24(DType, const void* values, const void* meta, int64_t n, int64_t m, Layout24 layout,
-                                void* w, cudaStream_t stream);
-cudaError_t launch_mask_of24(const void* meta, int64_t n, int64_t m, Layout24 layout, uint8_t* mask,
-                             cudaStream_t stream);
-
-// Exact, between any two layouts.
-cudaError_t launch_convert24(DType, const void* values, const void* meta, int64_t n, int64_t m, Layout24 source,
-                             Layout24 target, void* out_values, void* out_meta, cudaStream_t stream);
-
-// Plain packs of W and W_t. perm int32 [m, 2 ceil(n / 4)]: where in `values` each slot of values_t comes from, -1:
-// nowhere, it is zero. Then values_t[i] = values[perm[i]], elements of `bytes` (2, 4 or 8) bytes.
-cudaError_t launch_repack24_perm(const void* meta, const void* meta_t, int64_t n, int64_t m, int32_t* perm,
-                                 cudaStream_t stream);
-cudaError_t launch_repack24_t(int bytes, const void* values, const int32_t* perm, int64_t count, void* values_t,
-                              cudaStream_t stream);
+// perm [m, 2 groups24(n)] of plain packs of W [n, m] and W_t: positions in values, or -1.
+cudaError_t launch_repack24_perm(const Packed24& pack, const Packed24& pack_t, int32_t* perm, cudaStream_t);
+// values_t[i] = values[perm[i]] for i < count_t, or zero where perm[i] is not in [0, count).
+cudaError_t launch_repack24_t(int bytes, const void* values, int64_t count, const int32_t* perm, int64_t count_t,
+                              void* values_t, cudaStream_t);
 
 }  // namespace slk::cuda
 #endif
