@@ -110,7 +110,7 @@ __device__ int width_of(int columns, int group) {
 
 template <class E>
 __global__ void __launch_bounds__(kThreads)
-    compress_kernel(Chunks at, const E* w, const uint8_t* mask, E not_a_number, Packed24 pack) {
+    compress24_kernel(Chunks at, const E* w, const uint8_t* mask, E not_a_number, Packed24 pack) {
   const int padded = at.columns(), columns = at.columns(pack.n, pack.m);
   if (padded == 0) return;
   const int64_t row = at.row(), chunk = at.chunk(), first = row * pack.m + kChunk24 * chunk;
@@ -145,7 +145,7 @@ __device__ void report(int64_t group, int64_t* first) {
   atomicMin(reinterpret_cast<unsigned long long*>(first), static_cast<unsigned long long>(group));
 }
 
-__global__ void __launch_bounds__(kThreads) check_mask_kernel(Chunks at, const uint8_t* mask, int64_t* first) {
+__global__ void __launch_bounds__(kThreads) check_mask24_kernel(Chunks at, const uint8_t* mask, int64_t* first) {
   const int columns = at.columns();
   if (columns == 0) return;
   const int64_t row = at.row(), chunk = at.chunk();
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kThreads) check_mask_kernel(Chunks at, const u
   }
 }
 
-__global__ void __launch_bounds__(kThreads) check_kernel(Chunks at, Packed24 pack, int64_t* first) {
+__global__ void __launch_bounds__(kThreads) check24_kernel(Chunks at, Packed24 pack, int64_t* first) {
   const int columns = at.columns();
   if (columns == 0) return;
   const int64_t row = at.row(), chunk = at.chunk();
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kThreads) check_kernel(Chunks at, Packed24 pac
 // ---- packed to dense, and to packed ---------------------------------------------------------------------------------
 
 template <class E>
-__global__ void __launch_bounds__(kThreads) decompress_kernel(Chunks at, Packed24 pack, E* w) {
+__global__ void __launch_bounds__(kThreads) decompress24_kernel(Chunks at, Packed24 pack, E* w) {
   const int columns = at.columns();
   if (columns == 0) return;
   const int64_t row = at.row(), chunk = at.chunk();
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kThreads) decompress_kernel(Chunks at, Packed2
   store_eight(w + row * at.m + kChunk24 * chunk, x, columns);
 }
 
-__global__ void __launch_bounds__(kThreads) mask_kernel(Chunks at, Packed24 pack, uint8_t* mask) {
+__global__ void __launch_bounds__(kThreads) mask_of24_kernel(Chunks at, Packed24 pack, uint8_t* mask) {
   const int columns = at.columns();
   if (columns == 0) return;
   const int64_t row = at.row(), chunk = at.chunk();
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kThreads) mask_kernel(Chunks at, Packed24 pack
 }
 
 template <class E>
-__global__ void __launch_bounds__(kThreads) convert_kernel(Chunks at, Packed24 from, Packed24 to) {
+__global__ void __launch_bounds__(kThreads) convert24_kernel(Chunks at, Packed24 from, Packed24 to) {
   const int padded = at.columns(), columns = at.columns(from.n, from.m);
   if (padded == 0) return;
   const int64_t row = at.row(), chunk = at.chunk();
@@ -217,7 +217,7 @@ constexpr int kQuads = 4;  // groups of W_t a thread: 32 bytes of perm
 
 // Lanes go along W's columns, so that they meet in W's metadata.
 __global__ void __launch_bounds__(kThreads)
-    perm_kernel(Packed24 pack, Packed24 pack_t, int column_blocks, int32_t* perm) {
+    repack24_perm_kernel(Packed24 pack, Packed24 pack_t, int column_blocks, int32_t* perm) {
   const int64_t column = int64_t(int(blockIdx.x) % column_blocks) * 32 + threadIdx.x % 32;
   const int64_t quads = (pack.n + 3) / 4;
   const int64_t quad0 = (int64_t(int(blockIdx.x) / column_blocks) * (kThreads / 32) + threadIdx.x / 32) * kQuads;
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class E>
 __global__ void __launch_bounds__(kThreads)
-    repack_kernel(const E* values, int64_t count, const int32_t* perm, int64_t count_t, E* values_t) {
+    repack24_kernel(const E* values, int64_t count, const int32_t* perm, int64_t count_t, E* values_t) {
   const int64_t first = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kChunk24;
   if (first >= count_t) return;
   const int here = count_t - first < kChunk24 ? int(count_t - first) : kChunk24;
@@ -276,7 +276,7 @@ cudaError_t launch_compress24(DType type, const void* w, const uint8_t* mask, co
   const Chunks chunks = Chunks::with_padding(pack);
   const auto run = [&](auto not_a_number) {
     using E = decltype(not_a_number);
-    return launch(compress_kernel<E>, chunks.blocks(), kThreads, 0, stream, chunks, static_cast<const E*>(w), mask,
+    return launch(compress24_kernel<E>, chunks.blocks(), kThreads, 0, stream, chunks, static_cast<const E*>(w), mask,
                   not_a_number, pack);
   };
   switch (type) {
@@ -295,40 +295,40 @@ cudaError_t launch_compress24(DType type, const void* w, const uint8_t* mask, co
 cudaError_t launch_check_mask24(const uint8_t* mask, int64_t n, int64_t m, int64_t* first, cudaStream_t stream) {
   const Chunks chunks = Chunks::of(n, m);
   const cudaError_t error = no_group(first, stream);
-  return error ? error : launch(check_mask_kernel, chunks.blocks(), kThreads, 0, stream, chunks, mask, first);
+  return error ? error : launch(check_mask24_kernel, chunks.blocks(), kThreads, 0, stream, chunks, mask, first);
 }
 
 cudaError_t launch_check24(const Packed24& pack, int64_t* first, cudaStream_t stream) {
   const Chunks chunks = Chunks::of(pack.n, pack.m);
   const cudaError_t error = no_group(first, stream);
-  return error ? error : launch(check_kernel, chunks.blocks(), kThreads, 0, stream, chunks, pack, first);
+  return error ? error : launch(check24_kernel, chunks.blocks(), kThreads, 0, stream, chunks, pack, first);
 }
 
 cudaError_t launch_decompress24(int bytes, const Packed24& pack, void* w, cudaStream_t stream) {
   const Chunks chunks = Chunks::of(pack.n, pack.m);
   return with_bytes(bytes, [&](auto* tag) {
     using E = std::remove_pointer_t<decltype(tag)>;
-    return launch(decompress_kernel<E>, chunks.blocks(), kThreads, 0, stream, chunks, pack, static_cast<E*>(w));
+    return launch(decompress24_kernel<E>, chunks.blocks(), kThreads, 0, stream, chunks, pack, static_cast<E*>(w));
   });
 }
 
 cudaError_t launch_mask_of24(const Packed24& pack, uint8_t* mask, cudaStream_t stream) {
   const Chunks chunks = Chunks::of(pack.n, pack.m);
-  return launch(mask_kernel, chunks.blocks(), kThreads, 0, stream, chunks, pack, mask);
+  return launch(mask_of24_kernel, chunks.blocks(), kThreads, 0, stream, chunks, pack, mask);
 }
 
 cudaError_t launch_convert24(int bytes, const Packed24& from, const Packed24& to, cudaStream_t stream) {
   const Chunks chunks = Chunks::with_padding(to);
   return with_bytes(bytes, [&](auto* tag) {
-    return launch(convert_kernel<std::remove_pointer_t<decltype(tag)>>, chunks.blocks(), kThreads, 0, stream, chunks,
+    return launch(convert24_kernel<std::remove_pointer_t<decltype(tag)>>, chunks.blocks(), kThreads, 0, stream, chunks,
                   from, to);
   });
 }
 
 cudaError_t launch_repack24_perm(const Packed24& pack, const Packed24& pack_t, int32_t* perm, cudaStream_t stream) {
   const int64_t column_blocks = ceil_div(pack.m, 32), blocks = ceil_div(groups24(pack.n), kThreads / 32 * kQuads);
-  return launch(perm_kernel, unsigned(blocks * column_blocks), kThreads, 0, stream, pack, pack_t, int(column_blocks),
-                perm);
+  return launch(repack24_perm_kernel, unsigned(blocks * column_blocks), kThreads, 0, stream, pack, pack_t,
+                int(column_blocks), perm);
 }
 
 cudaError_t launch_repack24_t(int bytes, const void* values, int64_t count, const int32_t* perm, int64_t count_t,
@@ -336,7 +336,7 @@ cudaError_t launch_repack24_t(int bytes, const void* values, int64_t count, cons
   const unsigned blocks = unsigned(ceil_div(count_t, kThreads * kChunk24));
   return with_bytes(bytes, [&](auto* tag) {
     using E = std::remove_pointer_t<decltype(tag)>;
-    return launch(repack_kernel<E>, blocks, kThreads, 0, stream, static_cast<const E*>(values), count, perm, count_t,
+    return launch(repack24_kernel<E>, blocks, kThreads, 0, stream, static_cast<const E*>(values), count, perm, count_t,
                   static_cast<E*>(values_t));
   });
 }

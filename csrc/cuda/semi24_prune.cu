@@ -19,7 +19,6 @@ constexpr int kTile = 128;         // rows and columns of W a block; a multiple 
 constexpr int kQuads = kTile / 4;  // rows of tiles
 constexpr int kUnits = 2;          // a thread
 constexpr unsigned kMaxBlocks = 8192;
-constexpr int kMetaWords = kTile * kTile / 16;
 static_assert(kUnits * kThreads * 4 * kChunk24 == kTile * kTile);
 static_assert(kTile % kSm90TileK == 0 && kTile % 64 == 0);
 
@@ -39,14 +38,13 @@ struct Source {
   int64_t n, m;
 };
 
-// Two neighbouring tiles that are inside, at multiples of 16 bytes.
+// Two neighbouring tiles that are inside of a matrix of m columns, their rows at multiples of 16 bytes.
 template <class T>
-__device__ void load_tiles(const Source<T>& source, int64_t row, int64_t column, Tile<T> (&tile)[2]) {
-  const T* from = source.data + row * source.m + column;
+__device__ void load_tiles(const T* from, int64_t m, Tile<T> (&tile)[2]) {
 #pragma unroll
-  for (int r = 0; r < 4; ++r) {
+  for (int r = 0; r < 4; ++r, from += m) {
     Four24<T> four[2];
-    load_vectors(from + r * source.m, four);
+    load_vectors(from, four);
     tile[0].set_row(r, four[0]);
     tile[1].set_row(r, four[1]);
   }
@@ -82,7 +80,7 @@ __device__ int within_tile(int64_t left) {
 // ---- prune24 --------------------------------------------------------------------------------------------------------
 
 template <class T, bool kTransposable>
-__global__ void __launch_bounds__(kThreads) prune_kernel(Source<T> score, bool vectors, uint8_t* mask) {
+__global__ void __launch_bounds__(kThreads) prune24_kernel(Source<T> score, bool vectors, uint8_t* mask) {
   const int64_t tiles = (score.m + 3) / 4, total = (score.n + 3) / 4 * tiles;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < total; i += int64_t(gridDim.x) * kThreads) {
     const int64_t row = i / tiles * 4, column = i % tiles * 4;
@@ -130,37 +128,61 @@ struct Place {
         columns(int(min(to.columns - column, int64_t(kTile)))) {}
 };
 
-// A word of a block's metadata where it is staged: in the order of packed_word24 with kTile rows; plain: row by row.
-// Every order permutes the bits of row and word: the place of a sum without carries is the sum of the places.
-__device__ int staged_word(Layout24 layout, int row, int word) {
-  return layout == Layout24::plain ? row * (kTile / 16) + word : packed_word24(layout, row, word, kTile);
-}
+// A block's metadata are staged as in layout plain: words of 16 columns, eight a row. A thread stores 16 bytes of them.
+constexpr int kMetaThreads = kTile;
+constexpr int kRowWords = kTile / 16;
+static_assert(kRowWords == 8 && kTile == kSm90TileK);
 
-// Stores them. thread: 0 .. kMetaThreads - 1, 16 bytes each.
-constexpr int kMetaThreads = kMetaWords / 8;
+// Of the packed layouts' 16 bytes, the staged word whose place is word k of thread t.
+struct Staged {
+  int row, word;
+};
+constexpr Staged staged_sm90(int t, int k) {  // two rows, the words of either parity
+  return {t / 16 * 16 + t % 8 + k % 2 * 8, k / 2 * 2 + t / 8 % 2};
+}
+constexpr Staged staged_sm80(int t, int k) {  // four rows, a pair of words
+  const int u = t % 32;
+  return {u / 8 * 32 + u % 8 + 8 * (k / 4 * 2 + k % 2), t / 32 * 2 + k / 2 % 2};
+}
+constexpr bool staged_right() {
+  for (int t = 0; t < kMetaThreads; ++t)
+    for (int k = 0; k < 8; ++k) {
+      const Staged a = staged_sm90(t, k), b = staged_sm80(t, k);
+      if (sm90_word24(a.row, a.word, kTile) != 8 * t + k || sm80_word24(b.row, b.word, kTile) != 8 * t + k)
+        return false;
+    }
+  return true;
+}
+static_assert(staged_right());
+
 __device__ void store_meta(const Target& to, const Place& at, const uint16_t* staged, int thread) {
-  const int word = 8 * thread;
-  const uint4 chunk = *reinterpret_cast<const uint4*>(staged + word);
+  const auto row = [&](int i) { return reinterpret_cast<const uint4*>(staged)[i]; };
   uint16_t* words = static_cast<uint16_t*>(to.meta);
   if (to.layout == Layout24::sm90) {
-    if (at.columns > 0 && word / (64 * kTile / 16) * 64 < at.rows)
-      *reinterpret_cast<uint4*>(words + sm90_word24(at.row, at.column / 16, to.rows) + word) = chunk;
-  } else if (to.layout == Layout24::sm80) {  // 32 columns of a block's rows follow each other
-    const int pair = word / (2 * kTile), offset = word % (2 * kTile);
-    if (32 * pair < at.columns && offset / 2 < at.rows)
-      *reinterpret_cast<uint4*>(words + sm80_word24(at.row, at.column / 16 + 2 * pair, to.rows) + offset) = chunk;
+    const Staged first = staged_sm90(thread, 0);
+    const uint4 a = row(first.row), b = row(first.row + 8);
+    const uint32_t parity = first.word ? 0x7632 : 0x5410;
+    const uint4 chunk = {ptx::prmt(a.x, b.x, parity), ptx::prmt(a.y, b.y, parity), ptx::prmt(a.z, b.z, parity),
+                         ptx::prmt(a.w, b.w, parity)};
+    if (at.columns > 0 && first.row < at.rows)
+      ptx::store_global(words + sm90_word24(at.row, at.column / 16, to.rows) + 8 * thread, chunk);
+  } else if (to.layout == Layout24::sm80) {
+    const Staged first = staged_sm80(thread, 0);
+    const uint32_t* pair = reinterpret_cast<const uint32_t*>(staged) + first.row * (kRowWords / 2) + first.word / 2;
+    const uint32_t a = pair[0], b = pair[8 * kRowWords / 2], c = pair[16 * kRowWords / 2], d = pair[24 * kRowWords / 2];
+    const uint4 chunk = {ptx::prmt(a, b, 0x5410), ptx::prmt(a, b, 0x7632), ptx::prmt(c, d, 0x5410),
+                         ptx::prmt(c, d, 0x7632)};
+    if (16 * first.word < at.columns && first.row < at.rows)
+      ptx::store_global(words + sm80_word24(at.row, at.column / 16 + first.word, to.rows) + thread % 32 * 8, chunk);
   } else {
-    const int64_t pitch = (to.columns + kChunk24 - 1) / kChunk24, first = at.column / kChunk24;
-    uint8_t* bytes = static_cast<uint8_t*>(to.meta) + at.row * pitch + first;
-    constexpr int kRowBytes = kTile / kChunk24;
-    static_assert(kRowBytes == sizeof chunk);
-    const int here = at.columns > 0 ? (at.columns + kChunk24 - 1) / kChunk24 : 0;
+    const int64_t pitch = (to.columns + kChunk24 - 1) / kChunk24;
+    uint8_t* bytes = static_cast<uint8_t*>(to.meta) + at.row * pitch + at.column / kChunk24;
+    const int here = (at.columns + kChunk24 - 1) / kChunk24;
     if (pitch % 16 == 0) {
-      if (thread < at.rows && here > 0) *reinterpret_cast<uint4*>(bytes + thread * pitch) = chunk;
+      if (thread < at.rows && here > 0) ptx::store_global(bytes + thread * pitch, row(thread));
     } else {
-      for (int i = thread; i < kTile * kRowBytes; i += kMetaThreads)
-        if (i / kRowBytes < at.rows && i % kRowBytes < here)
-          bytes[i / kRowBytes * pitch + i % kRowBytes] = uint8_t(staged[i / 2] >> (i % 2 * 8));
+      for (int i = thread; i < kTile * 2 * kRowWords; i += kMetaThreads)
+        if (i / 16 < at.rows && i % 16 < here) bytes[i / 16 * pitch + i % 16] = uint8_t(staged[i / 2] >> (i % 2 * 8));
     }
   }
 }
@@ -191,13 +213,11 @@ __device__ int staged_pair(int column, int quad) {
   return column * kQuads + (quad / kPairs ^ column / 8 % 8) * kPairs + quad % kPairs;
 }
 
-// The metadata of a thread's rows, a byte a row; four threads with neighbouring g have 32 columns. Gives row g % 4 of
-// all four.
+// The metadata of a thread's rows, a byte a row; that with g + 1 has the next eight columns. Gives 16 columns each of
+// rows g % 2 and g % 2 + 2.
 __device__ uint32_t gather_rows(uint32_t x, int g) {
-  uint32_t y = __shfl_xor_sync(0xffffffffu, x, 1);
-  x = ptx::prmt(x, y, g & 1 ? 0x3715 : 0x6240);
-  y = __shfl_xor_sync(0xffffffffu, x, 2);
-  return ptx::prmt(x, y, g & 2 ? 0x3276 : 0x5410);
+  const uint32_t y = __shfl_xor_sync(0xffffffffu, x, 1);
+  return ptx::prmt(x, y, g & 1 ? 0x3715 : 0x6240);
 }
 
 // The codes of a thread's columns, a byte a column of its left and right tile; four threads 8 lanes apart have 16 rows.
@@ -210,16 +230,11 @@ __device__ uint32_t gather_columns(uint32_t left, uint32_t right, int q) {
   return ptx::prmt(x, y, q & 2 ? 0x3726 : 0x5140);
 }
 
-// Which of the matrix' blocks are those of a launch: of rows x columns, the first inside_rows x inside_columns, or the
-// others.
+// The matrix' rows x columns of blocks, of which the first inside_rows x inside_columns have a launch of their own.
 struct Blocks {
   int rows, columns, inside_rows, inside_columns;
 
-  int count(bool inside) const {
-    const int those = inside_rows * inside_columns;
-    return inside ? those : rows * columns - those;
-  }
-  __device__ int2 inside(int i) const { return {i / inside_columns, i % inside_columns}; }
+  int outside() const { return rows * columns - inside_rows * inside_columns; }
   __device__ int2 outside(int i) const {
     const int right = columns - inside_columns, beside = inside_rows * right;
     if (i < beside) return {i / right, inside_columns + i % right};
@@ -230,27 +245,27 @@ struct Blocks {
 // kInside: the blocks' elements are all inside of W, and its rows start at multiples of 16 bytes.
 template <class T, bool kTransposable, bool kScored, bool kInside>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kInside ? 3 : 2)
-    prune_compress_kernel(Source<T> w, Source<T> score, Target to, Target to_t, Blocks blocks, bool vectors_t) {
+    prune_compress24_kernel(Source<T> w, Source<T> score, Target to, Target to_t, Blocks blocks, bool vectors_t) {
   using Pair = Pair24<T>;
   __shared__ __align__(16) Pair staged_values[kTile * kQuads];
-  __shared__ __align__(16) uint16_t staged_meta[2][kMetaWords];
-  const int2 block = kInside ? blocks.inside(blockIdx.x) : blocks.outside(blockIdx.x);
+  __shared__ __align__(16) uint16_t staged_meta[2][kTile * kRowWords];
+  const int2 block = kInside ? make_int2(blockIdx.y, blockIdx.x) : blocks.outside(blockIdx.x);
   const int64_t row0 = int64_t(block.x) * kTile, column0 = int64_t(block.y) * kTile;
   const int g = threadIdx.x % 8, q = threadIdx.x / 8 % 4, warp = threadIdx.x / 32, quad = 4 * warp + q;
   const Place at(to, row0, column0), at_t(to_t, column0, row0);
   const int64_t row = row0 + 4 * quad, pitch = to.columns / 2;
-  T* values = static_cast<T*>(to.values) + row * pitch + column0 / 2;
-  const int first_t = 8 * g + 4 * (q % 2) + q / 2 * 2;  // of the two columns whose metadata this thread comes to have
+  T* values = static_cast<T*>(to.values) + row * pitch + column0 / 2 + 4 * g;
+  const T* from = w.data + row * w.m + column0 + 8 * g;
   Pair* staged =
       staged_values + staged_pair<T>(8 * g, quad);  // of all its columns: they are a multiple of 64 away, or < 8
-  uint16_t* meta = staged_meta[0] + staged_word(to.layout, 4 * quad + g % 4, g / 4 * 2);
-  uint16_t* meta_t = staged_meta[1] + staged_word(to.layout, first_t, warp);
+  uint16_t* meta = staged_meta[0] + (4 * quad + g % 2) * kRowWords + g / 2;
+  uint16_t* meta_t = staged_meta[1] + (8 * g + 4 * (q % 2) + q / 2 * 2) * kRowWords + warp;
 
 #pragma unroll 1
   for (int half = 0; half < kUnits; ++half) {
     const int column = 64 * half + 8 * g;  // of the block's
     Tile<T> tiles[2];
-    if constexpr (kInside) load_tiles(w, row, column0 + column, tiles);
+    if constexpr (kInside) load_tiles(from + 64 * half, w.m, tiles);
     Pairs<T, 2> picked[4] = {};
     uint32_t code = 0, code_t[2] = {};
 #pragma unroll 1
@@ -283,27 +298,29 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kInside ? 3 : 2)
         staged[(64 * half + 4 * side + c) * kQuads] = pair;
       }
     }
+    T* out = values + 32 * half;
 #pragma unroll
-    for (int r = 0; r < 4; ++r)
+    for (int r = 0; r < 4; ++r, out += pitch)
       if (kInside || 4 * quad + r < at.rows)
-        store_pairs<(kInside && sizeof(T) == 2)>(values + r * pitch + column / 2, picked[r], at.columns - column);
-    const uint32_t rows = gather_rows(code, g), columns = gather_columns(code_t[0], code_t[1], q);
-    const int next = half * staged_word(to.layout, 0, 4), next_t = half * staged_word(to.layout, 64, 0);
-    meta[next] = uint16_t(rows);
-    meta[next + staged_word(to.layout, 0, 1)] = uint16_t(rows >> 16);
-    meta_t[next_t] = uint16_t(columns);
-    meta_t[next_t + staged_word(to.layout, 1, 0)] = uint16_t(columns >> 16);
+        store_pairs<(kInside && sizeof(T) == 2)>(out, picked[r], at.columns - column);
+    const uint32_t rows = gather_rows(code, g);
+    const uint32_t columns = gather_columns(code_t[0], code_t[1], q);
+    meta[4 * half] = uint16_t(rows);
+    meta[4 * half + 2 * kRowWords] = uint16_t(rows >> 16);
+    meta_t[64 * half * kRowWords] = uint16_t(columns);
+    meta_t[(64 * half + 1) * kRowWords] = uint16_t(columns >> 16);
   }
   __syncthreads();
 
   constexpr int kPairs = 16 / sizeof(Pair), kColumnUnits = kQuads / kPairs;  // 16-byte units of a column
+  constexpr int kStep = kThreads / kColumnUnits;
+  const int first = threadIdx.x % kColumnUnits * kPairs, column_t = threadIdx.x / kColumnUnits;
   const int64_t pitch_t = to_t.columns / 2;
-  T* values_t = static_cast<T*>(to_t.values) + column0 * pitch_t + row0 / 2;
+  T* out = static_cast<T*>(to_t.values) + (column0 + column_t) * pitch_t + row0 / 2 + 2 * first;
 #pragma unroll
-  for (int i = 0; i < kTile * kColumnUnits / kThreads; ++i) {
-    const int unit = i * kThreads + threadIdx.x, column = unit / kColumnUnits, first = unit % kColumnUnits * kPairs;
+  for (int i = 0; i < kTile / kStep; ++i, out += kStep * pitch_t) {
+    const int column = column_t + i * kStep;
     const auto pairs = *reinterpret_cast<const Pairs<T, kPairs>*>(staged_values + staged_pair<T>(column, first));
-    T* out = values_t + column * pitch_t + 2 * first;
     if (kInside && vectors_t)
       store_pairs<true>(out, pairs, 0);
     else if (kInside || column < at_t.rows)
@@ -340,16 +357,17 @@ cudaError_t prune_compress(const void* data, const void* scores, const Packed24&
   Blocks blocks = {int(ceil_div(std::max(to.rows, to_t.columns), kTile)),
                    int(ceil_div(std::max(to.columns, to_t.rows), kTile)), 0, 0};
   if (starts_whole(data, m, sizeof(T)) && starts_whole(scores, m, sizeof(T))) {
-    blocks.inside_rows = int(n / kTile);
+    blocks.inside_rows = int(std::min<int64_t>(n / kTile, 65535));  // the most that a grid takes
     blocks.inside_columns = int(m / kTile);
   }
   const bool vectors_t = to_t.columns / 2 * int64_t(sizeof(T)) % 16 == 0;
   cudaError_t error = cudaSuccess;
-  if (const int count = blocks.count(true))
-    error = launch(prune_compress_kernel<T, kTransposable, kScored, true>, unsigned(count), kThreads, 0, stream, w,
-                   score, to, to_t, blocks, vectors_t);
-  if (const int count = blocks.count(false); count && error == cudaSuccess)
-    error = launch(prune_compress_kernel<T, kTransposable, kScored, false>, unsigned(count), kThreads, 0, stream, w,
+  if (blocks.inside_rows > 0 && blocks.inside_columns > 0)
+    error = launch(prune_compress24_kernel<T, kTransposable, kScored, true>,
+                   dim3(blocks.inside_columns, blocks.inside_rows), kThreads, 0, stream, w, score, to, to_t, blocks,
+                   vectors_t);
+  if (blocks.outside() > 0 && error == cudaSuccess)
+    error = launch(prune_compress24_kernel<T, kTransposable, kScored, false>, blocks.outside(), kThreads, 0, stream, w,
                    score, to, to_t, blocks, vectors_t);
   return error;
 }
@@ -361,7 +379,7 @@ cudaError_t launch_prune24(DType type, const void* score, int64_t n, int64_t m, 
   const unsigned blocks = unsigned(std::min<int64_t>(ceil_div(ceil_div(n, 4) * ceil_div(m, 4), kThreads), kMaxBlocks));
   return with_weight_type(type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    const auto kernel = by == Prune24::transposable ? prune_kernel<T, true> : prune_kernel<T, false>;
+    const auto kernel = by == Prune24::transposable ? prune24_kernel<T, true> : prune24_kernel<T, false>;
     const bool vectors = reinterpret_cast<uintptr_t>(score) % sizeof(Four24<T>) == 0 && m % 4 == 0;
     return launch(kernel, blocks, kThreads, 0, stream, Source<T>{static_cast<const T*>(score), n, m}, vectors, mask);
   });

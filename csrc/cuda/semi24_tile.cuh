@@ -4,6 +4,7 @@
 #include "cuda/types.cuh"
 #include "slkernels/ptx/arith.h"
 #include "slkernels/ptx/global.h"
+#include "slkernels/ptx/math.h"
 #include "slkernels/semi24.cuh"
 #include "slkernels/semi24_pack.h"
 
@@ -68,7 +69,7 @@ struct Tile16 {
 #pragma unroll
       for (int c = 0; c < 4; c += 2) {
         if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // two at a time; the minimum of NaN and a number is that
-          const uint32_t bits = smaller((c ? right[r] : left[r]) & 0x7fff7fffu, 0x7d807d80u);
+          const uint32_t bits = magnitudes(c ? right[r] : left[r]);
           magnitude[r][c] = __uint_as_float(bits << 16);
           magnitude[r][c + 1] = __uint_as_float(bits & 0xffff0000u);
         } else {
@@ -102,10 +103,11 @@ struct Tile16 {
   }
 
  private:
-  __device__ static uint32_t smaller(uint32_t a, uint32_t b) {
-    const __nv_bfloat162 least =
-        __hmin2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
-    return reinterpret_cast<const uint32_t&>(least);
+  __device__ static uint32_t magnitudes(uint32_t pair) {
+    const uint32_t most = 0x7d807d80u;  // 2^124
+    const __nv_bfloat162 a =
+        __hmin2(__habs2(reinterpret_cast<const __nv_bfloat162&>(pair)), reinterpret_cast<const __nv_bfloat162&>(most));
+    return reinterpret_cast<const uint32_t&>(a);
   }
   // Bits 0 and 1 as two masks of 16 bits.
   __device__ static uint32_t lanes(uint32_t bits) { return ptx::prmt((bits & 3) * 0x40008000u, 0, 0xbb99); }

@@ -66,6 +66,18 @@ float pattern_sum(int word, const float (&w)[4][4]) {
          (both(0, lowest(common)) + both(2, lowest(missing)));
 }
 
+const std::vector<int>& patterns() {
+  static const std::vector<int> all = [] {
+    std::vector<int> words;
+    const float zeros[4][4] = {};
+    for (int word = 0; word < 1 << 16; ++word)
+      if (pattern_sum(word, zeros) == 0) words.push_back(word);
+    expect(words.size() == 90, "90 patterns");
+    return words;
+  }();
+  return all;
+}
+
 // What a tile keeps, bit 4 r + c.
 template <class T>
 int prune_tile(const Matrix24<T>& score, int64_t i, int64_t j, Prune24 by) {
@@ -82,7 +94,7 @@ int prune_tile(const Matrix24<T>& score, int64_t i, int64_t j, Prune24 by) {
   float w[4][4], most = -1;
   for (int r = 0; r < 4; ++r)
     for (int c = 0; c < 4; ++c) w[r][c] = magnitude(score(i + r, j + c));
-  for (int other = 0; other < 1 << 16; ++other) most = std::max(most, pattern_sum(other, w));
+  for (const int other : patterns()) most = std::max(most, pattern_sum(other, w));
   word = best24<int>(w);
   expect(pattern_sum(word, w) == most, "the best pattern");
   return word;
