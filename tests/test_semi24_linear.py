@@ -246,15 +246,15 @@ def test_gradients_of_linear24_train_alone(case: OpCase) -> None:
     y = case(*together.values())
     y.backward(torch.ones_like(y))
     weight = args[8] is not None
-    for index, given in together.items():
-        if not isinstance(given, Tensor) or not given.is_floating_point():
+    for index, whole in together.items():
+        if not isinstance(whole, Tensor) or not whole.is_floating_point():
             continue
         alone = list(args)
         alone[index] = args[index].clone().requires_grad_()
         case(*alone).backward(torch.ones_like(y))
-        assert (given.grad is None) == (index == 3 or (index == 1 and weight)), index
-        if given.grad is not None:
-            torch.testing.assert_close(alone[index].grad, given.grad)
+        assert (whole.grad is None) == (index == 3 or (index == 1 and weight)), index
+        if whole.grad is not None:
+            torch.testing.assert_close(alone[index].grad, whole.grad)
 
 
 @settings(max_examples=40)

@@ -25,14 +25,15 @@ SLK_INLINE const float* as_floats(const T* values, int count, float* buffer) {
 
 // ---- many tokens --------------------------------------------------------------------------------------------------
 
-// The two kept elements of a group whose four features start at xt; code as in semi24.h.
+// The two kept elements of a group whose four features start at xt; code as in semi24.h. Rows are named by their byte
+// offset: that leaves the compiler one address a row, and NV displacements from it.
 template <int NV>
-SLK_INLINE void add_group(const float* values, uint32_t code, const float* xt, V (&acc)[NV]) {
-  constexpr int kPanel = NV * kLanes;
+SLK_INLINE void add_group(const float* values, size_t code, const char* xt, V (&acc)[NV]) {
+  constexpr size_t kRowBytes = NV * kLanes * sizeof(float);
   for (int s = 0; s < 2; ++s) {
     const V value = broadcast(values[s]);
-    const float* row = xt + (code >> 2 * s & 3) * kPanel;
-    for (int v = 0; v < NV; ++v) acc[v] += value * load(row + v * kLanes);
+    const char* row = xt + (code >> 2 * s & 3) * kRowBytes;
+    for (int v = 0; v < NV; ++v) acc[v] += value * load(reinterpret_cast<const float*>(row) + v * kLanes);
   }
 }
 
@@ -51,16 +52,17 @@ SLK_INLINE void add_rows(const Weight24& w, int64_t row, int64_t k, int groups, 
     floats[r] = as_floats(values + r * kept, 2 * groups, buffer[r]);
     for (int v = 0; v < NV; ++v) acc[r][v] = zero();
   }
-  int g = 0;
-  for (; g + 2 <= groups; g += 2) {
+  const char* at = reinterpret_cast<const char*>(xt);
+  constexpr int64_t kGroupBytes = 4 * kPanel * sizeof(float);
+  for (int b = 0; b < groups / 2; ++b, at += 2 * kGroupBytes) {
     for (int r = 0; r < NR; ++r) {
-      const uint32_t code = meta[r * bytes + g / 2];
-      add_group<NV>(floats[r] + 2 * g, code, xt + 4 * g * kPanel, acc[r]);
-      add_group<NV>(floats[r] + 2 * g + 2, code >> 4, xt + (4 * g + 4) * kPanel, acc[r]);
+      const size_t codes = meta[r * bytes + b];
+      add_group<NV>(floats[r] + 4 * b, codes, at, acc[r]);
+      add_group<NV>(floats[r] + 4 * b + 2, codes >> 4, at + kGroupBytes, acc[r]);
     }
   }
-  if (g < groups)
-    for (int r = 0; r < NR; ++r) add_group<NV>(floats[r] + 2 * g, meta[r * bytes + g / 2], xt + 4 * g * kPanel, acc[r]);
+  if (groups % 2)
+    for (int r = 0; r < NR; ++r) add_group<NV>(floats[r] + 2 * groups - 2, meta[r * bytes + groups / 2], at, acc[r]);
   for (int r = 0; r < NR; ++r) {
     float* out = yt + r * kPanel;
     for (int v = 0; v < NV; ++v) store(out + v * kLanes, k ? load(out + v * kLanes) + acc[r][v] : acc[r][v]);
@@ -88,9 +90,12 @@ void linear_panel(const Weight24& w, const Matrix& x, const T* bias, Activation2
     const int64_t depth = w.m - k < kDepth24 ? w.m - k : kDepth24;
     pack_block<NV, T>(x, tokens, k, depth, xt);
     const int groups = int(groups24(depth));
+    PrefetchRows ahead = k + kDepth24 < w.m ? PrefetchRows(x, sizeof(T), tokens, {k + kDepth24, k + 2 * kDepth24}, rows)
+                                            : PrefetchRows(y, sizeof(T), tokens, rows, rows);
     int64_t i = rows.begin;
     for (; i + kRows <= rows.end; i += kRows) {
       prefetch_rows<kRows, T>(w, i + 2 * kRows, k);
+      ahead.advance(kRows);
       add_rows<NV, kRows, T>(w, i, k, groups, xt, yt + (i - rows.begin) * kPanel);
     }
     for (; i < rows.end; ++i) add_rows<NV, 1, T>(w, i, k, groups, xt, yt + (i - rows.begin) * kPanel);
@@ -111,7 +116,7 @@ void linear(DType dtype, const Weight24& w, const Matrix& x, const void* bias, A
 // ---- few tokens ---------------------------------------------------------------------------------------------------
 
 // NR rows of W by NT tokens along their features, out[t * kLanes + r]. The bound is reading W once from memory: a step
-// of kLanes kept elements is 68 bytes in fp32 and 36 in bf16 on AVX-512, against some 8 instructions.
+// of kLanes kept elements is 68 bytes in fp32 and 36 in bf16 on AVX-512, against some 8 instructions a token.
 template <int NR, int NT, class T>
 SLK_INLINE void dot_rows(const Weight24& w, int64_t row, const float* x, int64_t ldx, float* out) {
   const int64_t kept = kept24(w.m), bytes = ceil_div(kept, 4);
@@ -144,7 +149,8 @@ SLK_INLINE void dot_rows(const Weight24& w, int64_t row, const float* x, int64_t
 template <int NT, class T>
 void few_tokens(const Weight24& w, const Matrix& x, int64_t t0, const T* bias, Activation24 f, Range rows,
                 const Matrix& y) {
-  constexpr int kRows = 4;
+  // Rows one after another read W as a single stream; with more tokens to multiply, four rows share the loads of x.
+  constexpr int kRows = NT == 1 ? 1 : 4;
   const float* in = static_cast<const float*>(x.data) + t0 * x.ld;
   for (int64_t i = rows.begin; i < rows.end; i += kLanes) {
     const int height = int(rows.end - i < kLanes ? rows.end - i : kLanes);

@@ -53,6 +53,29 @@ SLK_INLINE void for_panels(Range tokens, F f) {
   }
 }
 
+// Prefetches columns of activations for the tokens of a panel, a share of it with every row of W: what is packed or
+// stored next is as many separate runs of lines as there are tokens, which no hardware prefetcher follows.
+class PrefetchRows {
+ public:
+  PrefetchRows(const Matrix& x, int64_t element, Range tokens, Range columns, Range rows)
+      : line_(static_cast<const char*>(x.data) + tokens.begin * x.ld * element + columns.begin * element),
+        stride_(x.ld * element),
+        lines_(ceil_div((columns.end < x.cols ? columns.end : x.cols) - columns.begin, 64 / element)),
+        left_(tokens.size() * lines_),
+        share_(ceil_div(left_, rows.size())) {}
+
+  SLK_INLINE void advance(int rows) {
+    for (int64_t i = share_ * rows; i > 0 && left_ > 0; --i, --left_) {
+      __builtin_prefetch(line_ + at_ * 64, 0, 2);
+      if (++at_ == lines_) at_ = 0, line_ += stride_;
+    }
+  }
+
+ private:
+  const char* line_;
+  int64_t stride_, lines_, left_, share_, at_ = 0;
+};
+
 // Columns [k, k + depth) of x for the tokens of a panel; features up to the next multiple of 4 are zero.
 template <int NV, class T>
 SLK_INLINE void pack_block(const Matrix& x, Range tokens, int64_t k, int64_t depth, float* xt) {
