@@ -2,30 +2,26 @@
 //
 // A block takes a row of the pack, a thread eight columns: one byte of metadata, four values. dW has just been written
 // and comes from L2.
-#include "cuda/types.cuh"
-#include "slkernels/semi24.cuh"
+#include "cuda/semi24_tile.cuh"
 #include "slkernels/semi24_gather.h"
 
 namespace slk::cuda {
 namespace {
 
-constexpr int kThreads = 128, kColumns = 8;
+constexpr int kThreads = 128, kSlots = kChunk24 / 2;
 
 // E: an unsigned integer of the element's size.
 template <class E>
 __global__ void gather24_kernel(const E* w, Packed24 pack, int64_t first_row) {
   const int64_t row = first_row + blockIdx.x, slots = pack.row_values();
-  const int64_t chunks = ceil_div(slots, int64_t(kColumns / 2));
+  const int64_t chunks = ceil_div(slots, int64_t(kSlots));
   const E* from = w + int64_t(blockIdx.x) * pack.m;
   E* to = static_cast<E*>(pack.values) + row * slots;
   for (int64_t chunk = threadIdx.x; chunk < chunks; chunk += kThreads) {
-    const bool plain = pack.layout == Layout24::plain;
-    const int64_t byte =
-        plain ? row * chunks + chunk : 2 * packed_word24(pack.layout, row, chunk / 2, pack.rows()) + chunk % 2;
-    const int codes = static_cast<const uint8_t*>(pack.meta)[byte];
+    const int codes = static_cast<const uint8_t*>(pack.meta)[meta_byte(pack, row, chunk)];
 #pragma unroll
-    for (int i = 0; i < kColumns / 2; ++i) {
-      const int64_t slot = chunk * (kColumns / 2) + i, column = slot / 2 * 4 + (codes >> (2 * i) & 3);
+    for (int i = 0; i < kSlots; ++i) {
+      const int64_t slot = chunk * kSlots + i, column = slot / 2 * 4 + (codes >> (2 * i) & 3);
       // An odd number of groups leaves half of the last byte, and no slots for it.
       if (slot < slots) to[slot] = row < pack.n && column < pack.m ? from[column] : E(0);
     }
