@@ -29,6 +29,8 @@ if ON_GPU:
     DEVICES.append(pytest.param("cuda", marks=pytest.mark.cuda))
 # What the dispatcher says of an op of ours without a CUDA kernel.
 _NO_KERNEL = re.compile(r"Could not run '(slkernels::\w+)' with arguments from the 'CUDA' backend")
+# What ops say whose CUDA kernels have no float64.
+_NO_FLOAT64 = re.compile(r"(slkernels::\w+): \w+ must be [\w, ]+ on a GPU, got float64")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -69,14 +71,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function):
-    """On a GPU, an op that has only CPU kernels so far is skipped by name; the GPU run lists and counts these."""
+    """On a GPU, an op that has only CPU kernels so far is skipped by name; the GPU run lists and counts these. So are
+    float64 tests of ops that have it on a CPU only."""
     try:
         return (yield)
     except Exception as error:
-        missing = pyfuncitem.get_closest_marker("cuda") and _NO_KERNEL.search(str(error))
-        if not missing:
-            raise
-        pytest.skip(f"no CUDA kernel yet: {missing[1]}")
+        on_gpu = bool(pyfuncitem.get_closest_marker("cuda"))
+        if on_gpu and (missing := _NO_KERNEL.search(str(error))):
+            pytest.skip(f"no CUDA kernel yet: {missing[1]}")
+        if on_gpu and (missing := _NO_FLOAT64.search(str(error))):
+            pytest.skip(f"float64 on a CPU only: {missing[1]}")
+        raise
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cpu/common/isa.h"
+#include "slkernels/semi24_gemm.h"
 
 namespace py = pybind11;
 
@@ -44,4 +45,5 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled core of slkernels.";
   m.def("build_info", &build_info);
+  m.def("sparse_pays24", &slk::sparse_pays24, py::arg("tokens"), py::arg("n"), py::arg("m"));
 }

@@ -32,24 +32,38 @@ void check_bias24(const char* op, const std::optional<Tensor>& bias, int64_t n, 
   check_same_device(op, "bias", *bias, "x", x);
 }
 
-namespace {
-
-// Columns of W whose lists grad_x makes at a time: 2.5 bytes an element of the slice.
-constexpr int64_t kSlice = 1024;
+void check_train24(const char* op, const Tensor& x, const Tensor& values_t, const Tensor& meta_t, int64_t n,
+                   Layout24 layout, const std::optional<Tensor>& weight) {
+  const int64_t m = columns_of(op, "x", x), rows = padded_rows24(layout, m), kept = padded_columns24(layout, n) / 2;
+  check(values_t.dim() == 2 && values_t.size(0) == rows && values_t.size(1) == kept, op, "values_t must be [", rows,
+        ", ", kept, "] for W [", n, ", ", m, "], got ", show(values_t));
+  check_same_dtype(op, "values_t", values_t, "x", x);
+  check_same_device(op, "values_t", values_t, "x", x);
+  check_meta24(op, "meta_t", meta_t, m, n, layout);
+  check_same_device(op, "meta_t", meta_t, "x", x);
+  if (weight)
+    check(weight->dim() == 2 && weight->size(0) == n && weight->size(1) == m, op, "weight must be [", n, ", ", m,
+          "], got ", show(*weight));
+}
 
 int64_t columns_of(const char* op, const char* name, const Tensor& x) {
   check(x.dim() >= 1, op, name, " must have at least one dimension, got ", show(x));
   return x.size(x.dim() - 1);
 }
 
-Weight24 weight_of(const PackedTensors24& w, int64_t n, int64_t m) {
-  return {w.values.const_data_ptr(), w.meta.const_data_ptr<uint8_t>(), n, m};
-}
-
 Tensor with_last(const Tensor& y, const Tensor& like, int64_t last) {
   Shape shape = shape_of(like);
   shape.back() = last;
   return torch::stable::view(y, {shape.data(), shape.size()});
+}
+
+namespace {
+
+// Columns of W whose lists grad_x makes at a time: 2.5 bytes an element of the slice.
+constexpr int64_t kSlice = 1024;
+
+Weight24 weight_of(const PackedTensors24& w, int64_t n, int64_t m) {
+  return {w.values.const_data_ptr(), w.meta.const_data_ptr<uint8_t>(), n, m};
 }
 
 // f(rows, tokens) for tiles that cover both: smaller ones in rows when there would not be enough for every thread.
@@ -207,18 +221,7 @@ Tensor linear24_train(const Tensor& x, const Tensor& values, const Tensor& meta,
                       const Tensor& meta_t, int64_t n, std::optional<Tensor> bias, std::string activation,
                       std::optional<Tensor> weight, std::string layout) {
   const char* op = "linear24_train";
-  const Layout24 kind = layout24_of(op, "layout", layout);
-  const int64_t m = columns_of(op, "x", x);
-  const int64_t rows = padded_rows24(kind, m), kept = padded_columns24(kind, n) / 2;
-  check(values_t.dim() == 2 && values_t.size(0) == rows && values_t.size(1) == kept, op, "values_t must be [", rows,
-        ", ", kept, "], got ", show(values_t));
-  check_same_dtype(op, "values_t", values_t, "x", x);
-  check_same_device(op, "values_t", values_t, "x", x);
-  check_meta24(op, "meta_t", meta_t, m, n, kind);
-  check_same_device(op, "meta_t", meta_t, "x", x);
-  if (weight)
-    check(weight->dim() == 2 && weight->size(0) == n && weight->size(1) == m, op, "weight must be [", n, ", ", m,
-          "], got ", show(*weight));
+  check_train24(op, x, values_t, meta_t, n, layout24_of(op, "layout", layout), weight);
   return linear24_any(op, x, values, meta, n, layout, bias, activation);
 }
 

@@ -2,9 +2,10 @@
 #ifdef SLKERNELS_WITH_CUDA
 #include <algorithm>
 
-#include "slkernels/semi24_cuda.h"
+#include "slkernels/semi24_gather.h"
 #include "torch/gemm.h"
 #include "torch/lowrank.h"
+#include "torch/semi24.h"
 #include "torch/semi24_linear.h"
 #include "torch/stream.h"
 
@@ -22,11 +23,12 @@ struct Device {
   cudaStream_t stream(const char* op) const { return current_stream(op, index); }
 };
 
-// W [n, m] in one of the layouts; contiguous, bases at multiples of 16 bytes.
-struct Packed {
-  Tensor values, meta;
+// W [n, m], contiguous, bases at multiples of 16 bytes.
+struct Weight {
+  PackedTensors24 at;
   Layout24 layout;
   int64_t n, m;
+  Packed24 view() const { return view24(at, n, m, layout); }
 };
 
 struct Epilogue {
@@ -41,10 +43,8 @@ Tensor aligned(const Tensor& t) {
   return torch::stable::copy_(copy, dense);
 }
 
-DType float_of(const char* op, const char* name, const Tensor& t) {
-  const DType dtype = dtype_of(op, name, t);
-  check(dtype != DType::f64, op, name, " must be float32, bfloat16 or float16 on CUDA, got float64");
-  return dtype;
+void check_float(const char* op, const char* name, const Tensor& t) {
+  check(dtype_of(op, name, t) != DType::f64, op, name, " must be float32, bfloat16 or float16 on a GPU, got float64");
 }
 
 bool is_half(const Tensor& t) {
@@ -53,48 +53,38 @@ bool is_half(const Tensor& t) {
 
 // ---- layouts --------------------------------------------------------------------------------------------------------
 
-Packed empty_pack(const Tensor& like, Layout24 layout, int64_t n, int64_t m) {
-  const int64_t rows = padded_rows24(layout, n), columns = padded_columns24(layout, m);
-  const Tensor values = empty_like_shape(like, {rows, columns / 2});
-  if (layout == Layout24::sm80)
-    return {values, empty_like_shape(like, {rows, columns / 16}, ScalarType::Short), layout, n, m};
-  return {values, empty_like_shape(like, {rows * columns / 8}, ScalarType::Byte), layout, n, m};
+Weight check_weight(const char* op, const Tensor& x, const Tensor& values, const Tensor& meta, int64_t n, int64_t m,
+                    Layout24 layout) {
+  if (layout == Layout24::plain) {
+    check_plain24(op, values, meta, n, m, x);
+  } else {
+    check_same_dtype(op, "values", values, "x", x);
+    check_same_device(op, "values", values, "x", x);
+    check_packed24(op, values, meta, n, m, layout);
+  }
+  return {{aligned(values), aligned(meta)}, layout, n, m};
+}
+
+Layout24 layout_of_device(const char* op, const Device& device) {
+  return picks_sm90(op, "auto", device.index) ? Layout24::sm90 : Layout24::sm80;
+}
+
+// w as the device's kernel reads it. Layout sm80 runs on every GPU from compute capability 8.0 on, sm90 on 9.0 only.
+Weight for_device(const char* op, const Device& device, const Weight& w) {
+  const Layout24 own = layout_of_device(op, device);
+  check(w.layout != Layout24::sm90 || own == Layout24::sm90, op,
+        "layout sm90 needs a GPU of compute capability 9.0; convert24 to sm80");
+  if (w.layout != Layout24::plain) return w;
+  const Weight out = {new_packed24(w.at.values, w.n, w.m, own), own, w.n, w.m};
+  cuda::convert24(w.at.values, w.view(), out.view());
+  return out;
 }
 
 // W with zeros where it was pruned.
-Tensor dense_weight(const char* op, const Device& device, const Packed& w) {
-  const Tensor dense = empty_like_shape(w.values, {w.n, w.m});
-  check_cuda(op, cuda::launch_decompress24(dtype_of(op, "values", w.values), w.values.const_data_ptr(),
-                                           w.meta.const_data_ptr(), w.n, w.m, w.layout, dense.mutable_data_ptr(),
-                                           device.stream(op)));
+Tensor dense_weight(const Weight& w) {
+  const Tensor dense = empty_like_shape(w.at.values, {w.n, w.m});
+  if (w.n > 0 && w.m > 0) cuda::decompress24(w.view(), dense);
   return dense;
-}
-
-void check_pack(const char* op, const Tensor& values, const Tensor& meta, Layout24 layout, int64_t n, int64_t m,
-                const Tensor& x) {
-  if (layout == Layout24::plain) return check_plain24(op, values, meta, n, m, x);
-  const int64_t rows = padded_rows24(layout, n), columns = padded_columns24(layout, m);
-  check(n >= 0, op, "n must not be negative, got ", n);
-  check(is_half(x), op, "x must be bfloat16 or float16 for a packed layout, got ", show(x.scalar_type()));
-  check(values.dim() == 2 && values.size(0) == rows && values.size(1) == columns / 2, op, "values must be [", rows,
-        ", ", columns / 2, "] for W [", n, ", ", m, "], got ", show(values));
-  check_same_dtype(op, "values", values, "x", x);
-  check_same_device(op, "values", values, "x", x);
-  check_same_device(op, "meta", meta, "x", x);
-  if (layout == Layout24::sm80) {
-    check(meta.dim() == 2 && meta.size(0) == rows && meta.size(1) == columns / 16, op, "meta must be [", rows, ", ",
-          columns / 16, "] for W [", n, ", ", m, "], got ", show(meta));
-    check(meta.scalar_type() == ScalarType::Short, op, "meta must be int16, got ", show(meta.scalar_type()));
-  } else {
-    check(meta.dim() == 1 && meta.size(0) == rows * columns / 8, op, "meta must be [", rows * columns / 8, "] for W [",
-          n, ", ", m, "], got ", show(meta));
-    check(meta.scalar_type() == ScalarType::Byte, op, "meta must be uint8, got ", show(meta.scalar_type()));
-  }
-}
-
-int64_t columns_of(const char* op, const char* name, const Tensor& x) {
-  check(x.dim() >= 1, op, name, " must have at least one dimension, got ", show(x));
-  return x.size(x.dim() - 1);
 }
 
 // ---- products -------------------------------------------------------------------------------------------------------
@@ -117,21 +107,20 @@ Tensor activated(Activation24 activation, const Tensor& z) {
   return z;
 }
 
-Tensor dense_product(const char* op, const Device& device, const Tensor& x, const Packed& w, const Epilogue& end) {
-  const Tensor y = linear(x, dense_weight(op, device, w), 1, end.bias ? &*end.bias : nullptr);
-  return activated(end.activation, y);
+Tensor dense_product(const Tensor& x, const Weight& w, const Epilogue& end) {
+  return activated(end.activation, linear(x, dense_weight(w), 1, end.bias ? &*end.bias : nullptr));
 }
 
 // On the sparse tensor cores; w in a packed layout.
-Tensor sparse_product(const char* op, const Device& device, const Tensor& x, const Packed& w, const Epilogue& end) {
+Tensor sparse_product(const char* op, const Device& device, const Tensor& x, const Weight& w, const Epilogue& end) {
   const bool sm90 = w.layout == Layout24::sm90;
   const int64_t tokens = x.size(0);
   const Tensor rows = with_aligned_rows(x);
   const Tensor bias = end.bias ? as_contiguous(*end.bias) : Tensor();
   const int64_t ld_y = sm90 ? round_up(w.n, 8) : w.n;  // TMA stores rows that start at multiples of 16 bytes
   Tensor y = empty_like_shape(x, {tokens, ld_y});
-  const cuda::Linear24Args args = {w.values.const_data_ptr(),
-                                   w.meta.const_data_ptr(),
+  const cuda::Linear24Args args = {w.at.values.const_data_ptr(),
+                                   w.at.meta.const_data_ptr(),
                                    rows.const_data_ptr(),
                                    end.bias ? bias.const_data_ptr() : nullptr,
                                    y.mutable_data_ptr(),
@@ -146,127 +135,98 @@ Tensor sparse_product(const char* op, const Device& device, const Tensor& x, con
   return ld_y == w.n ? y : torch::stable::contiguous(torch::stable::narrow(y, 1, 0, w.n));
 }
 
-Layout24 layout_of_device(const char* op, const Device& device) {
-  return picks_sm90(op, "auto", device.index) ? Layout24::sm90 : Layout24::sm80;
-}
-
-// w as the device's kernel reads it. Layout sm80 runs on every GPU from compute capability 8.0 on, sm90 on 9.0 only.
-Packed for_device(const char* op, const Device& device, const Packed& w) {
-  const Layout24 own = layout_of_device(op, device);
-  check(w.layout != Layout24::sm90 || own == Layout24::sm90, op,
-        "layout sm90 needs a GPU of compute capability 9.0; convert24 to sm80");
-  if (w.layout != Layout24::plain) return w;
-  const Packed out = empty_pack(w.values, own, w.n, w.m);
-  check_cuda(op, cuda::launch_convert24(dtype_of(op, "values", w.values), w.values.const_data_ptr(),
-                                        w.meta.const_data_ptr(), w.n, w.m, w.layout, own, out.values.mutable_data_ptr(),
-                                        out.meta.mutable_data_ptr(), device.stream(op)));
-  return out;
-}
-
-bool picks_sparse(const char* op, const std::string& path, const Tensor& x, int64_t n) {
-  check(path == "auto" || path == "sparse" || path == "dense", op, "path must be auto, sparse or dense, got ", path);
-  check(path != "sparse" || is_half(x), op, "path sparse needs bfloat16 or float16, got ", show(x.scalar_type()));
-  if (path == "dense" || !is_half(x)) return false;
-  return path == "sparse" || sparse_pays24(x.size(0), n, x.size(1));
-}
-
 Tensor product(const char* op, const Tensor& x, const Tensor& values, const Tensor& meta, int64_t n, Layout24 layout,
-               const std::optional<Tensor>& bias, const std::string& activation, const std::string& path) {
+               const std::optional<Tensor>& bias, const std::string& activation) {
   const Epilogue end = {bias, activation24_of(op, activation)};
   const int64_t m = columns_of(op, "x", x);
-  float_of(op, "x", x);
-  check_pack(op, values, meta, layout, n, m, x);
-  check_bias24(op, bias, n, x);
+  check_float(op, "x", x);
   const Device device(x);
+  const Weight w = check_weight(op, x, values, meta, n, m, layout);
+  check_bias24(op, bias, n, x);
   const Tensor x2 = as_tokens(op, "x", x, m);
-  const Packed w = {aligned(values), aligned(meta), layout, n, m};
-  const bool empty = x2.size(0) == 0 || n == 0 || m == 0;
+  const int64_t tokens = x2.size(0);
   // What is packed already is multiplied as it is: to decompress it first costs more than any dense product gains.
-  const bool sparse = picks_sparse(op, path == "auto" && layout != Layout24::plain ? "sparse" : path, x2, n) && !empty;
-  const Tensor y =
-      sparse ? sparse_product(op, device, x2, for_device(op, device, w), end) : dense_product(op, device, x2, w, end);
-  Shape shape = shape_of(x);
-  shape.back() = n;
-  return torch::stable::view(y, {shape.data(), shape.size()});
+  const bool sparse =
+      is_half(x) && tokens > 0 && n > 0 && m > 0 && (layout != Layout24::plain || sparse_pays24(tokens, n, m));
+  const Tensor y = sparse ? sparse_product(op, device, x2, for_device(op, device, w), end) : dense_product(x2, w, end);
+  return with_last(y, x, n);
 }
 
 Tensor linear24(const Tensor& x, const Tensor& values, const Tensor& meta, int64_t n, std::optional<Tensor> bias,
-                std::string activation, std::string path) {
-  return product("linear24", x, values, meta, n, Layout24::plain, bias, activation, path);
+                std::string activation) {
+  return product("linear24", x, values, meta, n, Layout24::plain, bias, activation);
 }
 
 Tensor linear24_packed(const Tensor& x, const Tensor& values, const Tensor& meta, int64_t n, std::string layout,
                        std::optional<Tensor> bias, std::string activation) {
   const char* op = "linear24_packed";
-  return product(op, x, values, meta, n, layout24_of(op, layout), bias, activation, "auto");
+  return product(op, x, values, meta, n, layout24_of(op, "layout", layout), bias, activation);
+}
+
+// The transposed pack and the dense weight matter in backward only.
+Tensor linear24_train(const Tensor& x, const Tensor& values, const Tensor& meta, const Tensor& values_t,
+                      const Tensor& meta_t, int64_t n, std::optional<Tensor> bias, std::string activation,
+                      std::optional<Tensor> weight, std::string layout) {
+  const char* op = "linear24_train";
+  const Layout24 kind = layout24_of(op, "layout", layout);
+  check_train24(op, x, values_t, meta_t, n, kind, weight);
+  return product(op, x, values, meta, n, kind, bias, activation);
 }
 
 // dx = dy W without a transposed pack: a dense product.
 Tensor linear24_dx(const Tensor& dy, const Tensor& values, const Tensor& meta, int64_t m) {
   const char* op = "_linear24_dx";
-  float_of(op, "dy", dy);
+  check_float(op, "dy", dy);
   const int64_t n = columns_of(op, "dy", dy);
-  check_plain24(op, values, meta, n, m, dy);
   const Device device(dy);
-  const Tensor w = dense_weight(op, device, {aligned(values), aligned(meta), Layout24::plain, n, m});
-  const Tensor dx = linear(as_tokens(op, "dy", dy, n), t2(w), 1, nullptr);
-  Shape shape = shape_of(dy);
-  shape.back() = m;
-  return torch::stable::view(dx, {shape.data(), shape.size()});
+  const Weight w = check_weight(op, dy, values, meta, n, m, Layout24::plain);
+  return with_last(linear(as_tokens(op, "dy", dy, n), t2(dense_weight(w)), 1, nullptr), dy, m);
 }
 
-struct Gradient {
-  Tensor dy, x, meta, dvalues;
-  Layout24 layout;
-  int64_t n, m;
-};
-
-// The kernel that keeps the slots of its own accumulators.
-void fused_dw(const char* op, const Device& device, const Gradient& g) {
-  const Tensor dy = with_aligned_rows(g.dy), x = with_aligned_rows(g.x);
-  const cuda::DwCompress24Args args = {dy.const_data_ptr(),
-                                       x.const_data_ptr(),
-                                       g.meta.const_data_ptr(),
-                                       g.dvalues.mutable_data_ptr(),
-                                       g.n,
-                                       g.m,
+// dW of `w`, whose values it is written to: by the kernel that keeps the slots of its own accumulators.
+void fused_dw(const char* op, const Device& device, const Tensor& dy, const Tensor& x, const Weight& w) {
+  const Tensor dy_rows = with_aligned_rows(dy), x_rows = with_aligned_rows(x);
+  const cuda::DwCompress24Args args = {dy_rows.const_data_ptr(),
+                                       x_rows.const_data_ptr(),
+                                       w.at.meta.const_data_ptr(),
+                                       w.at.values.mutable_data_ptr(),
+                                       w.n,
+                                       w.m,
                                        x.size(0),
-                                       row_distance(dy),
-                                       row_distance(x),
-                                       g.layout};
+                                       row_distance(dy_rows),
+                                       row_distance(x_rows),
+                                       w.layout};
   check_cuda(op, cuda::launch_dw_compress24_sm80(dtype_of(op, "x", x), args, device.stream(op)));
 }
 
-// dW by the dense library, a panel of rows at a time, of which a kernel keeps the slots.
-void panels_dw(const char* op, const Device& device, const Gradient& g) {
-  const int64_t stored_rows = padded_rows24(g.layout, g.n);
-  Tensor panel = empty_like_shape(g.x, {std::min(kPanelRows, g.n), g.m}), dy_t = t2(g.dy);
-  for (int64_t row = 0; row < stored_rows; row += kPanelRows) {
-    const int64_t rows = std::clamp<int64_t>(g.n - row, 0, kPanelRows);  // of W; the rest is padding
+// By the dense library, a panel of rows at a time, of which a kernel keeps the slots.
+void panels_dw(const char* op, const Device& device, const Tensor& dy, const Tensor& x, const Weight& w) {
+  const Packed24 pack = w.view();
+  Tensor panel = empty_like_shape(x, {std::min(kPanelRows, w.n), w.m}), dy_t = t2(dy);
+  for (int64_t row = 0; row < pack.rows(); row += kPanelRows) {
+    const int64_t rows = std::clamp<int64_t>(w.n - row, 0, kPanelRows);  // of W; the rest is padding
     const Tensor dw = torch::stable::narrow(panel, 0, 0, rows);
-    if (rows > 0) addmm_out(dw, dw, torch::stable::narrow(dy_t, 0, row, rows), g.x, 0, 1);
-    check_cuda(op, cuda::launch_gather24(dtype_of(op, "x", g.x), panel.const_data_ptr(), g.meta.const_data_ptr(), g.n,
-                                         g.m, g.layout, {row, std::min(stored_rows, row + kPanelRows)},
-                                         g.dvalues.mutable_data_ptr(), device.stream(op)));
+    if (rows > 0) addmm_out(dw, dw, torch::stable::narrow(dy_t, 0, row, rows), x, 0, 1);
+    check_cuda(op, cuda::launch_gather24(int(x.element_size()), panel.const_data_ptr(), pack,
+                                         {row, std::min(pack.rows(), row + kPanelRows)}, device.stream(op)));
   }
 }
 
 Tensor dw_compress24(const Tensor& dy, const Tensor& x, const Tensor& meta, std::string layout_name) {
   const char* op = "dw_compress24";
-  const Layout24 layout = layout24_of(op, layout_name);
-  float_of(op, "x", x);
+  const Layout24 layout = layout24_of(op, "layout", layout_name);
+  check_float(op, "x", x);
   const int64_t n = columns_of(op, "dy", dy), m = columns_of(op, "x", x);
   check_same_dtype(op, "dy", dy, "x", x);
   check_same_device(op, "dy", dy, "x", x);
+  const Device device(x);
   const Tensor dy2 = as_tokens(op, "dy", dy, n), x2 = as_tokens(op, "x", x, m);
   check(dy2.size(0) == x2.size(0), op, "dy must have x's tokens, got dy ", show(dy), " and x ", show(x));
   const Tensor dvalues = empty_like_shape(x, {padded_rows24(layout, n), padded_columns24(layout, m) / 2});
-  check_pack(op, dvalues, meta, layout, n, m, x);
-  const Device device(x);
-  const Gradient g = {dy2, x2, aligned(meta), dvalues, layout, n, m};
+  const Weight w = check_weight(op, x, dvalues, meta, n, m, layout);
   // The kernel is mma.sync's; on 9.0 the dense library has wgmma, of twice the rate.
   const bool fused = is_half(x) && layout_of_device(op, device) == Layout24::sm80;
-  (fused ? fused_dw : panels_dw)(op, device, g);
+  (fused ? fused_dw : panels_dw)(op, device, dy2, x2, w);
   return dvalues;
 }
 
@@ -275,6 +235,7 @@ Tensor dw_compress24(const Tensor& dy, const Tensor& x, const Tensor& meta, std:
 STABLE_TORCH_LIBRARY_IMPL(slkernels, CUDA, m) {
   m.impl("linear24", TORCH_BOX(&linear24));
   m.impl("linear24_packed", TORCH_BOX(&linear24_packed));
+  m.impl("linear24_train", TORCH_BOX(&linear24_train));
   m.impl("_linear24_dx", TORCH_BOX(&linear24_dx));
   m.impl("dw_compress24", TORCH_BOX(&dw_compress24));
 }

@@ -51,11 +51,6 @@ struct DwCompress24Args {
 };
 cudaError_t launch_dw_compress24_sm80(DType, const DwCompress24Args&, cudaStream_t stream);  // sm_80 and newer
 
-// dvalues at `rows` of the pack: W's elements at the slots of meta, W's row rows.begin at w, rows m apart; zeros at
-// padding. meta and dvalues as a whole, in `layout`; f32, bf16 or f16.
-cudaError_t launch_gather24(DType, const void* w, const void* meta, int64_t n, int64_t m, Layout24 layout, Range rows,
-                            void* dvalues, cudaStream_t stream);
-
 }  // namespace cuda
 #endif
 

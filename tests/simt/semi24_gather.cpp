@@ -1,6 +1,6 @@
 // dW at the slots of a pack, thread by thread: every layout, ragged sizes, in panels of rows.
+#include "slkernels/semi24_gather.h"
 #include "semi24_check.h"
-#include "slkernels/semi24_gemm.h"
 
 using namespace semi24_check;
 using slk::Layout24;
@@ -33,32 +33,29 @@ std::vector<uint8_t> meta_bytes(const Mask& mask, Layout24 layout, int64_t m) {
   return bytes;
 }
 
-bool run(int64_t n, int64_t m, Layout24 layout, int64_t panel, slk::DType type) {
-  std::mt19937 random(unsigned(n * 31 + m));
-  const Mask mask = random_mask(n, m, random);
+template <class E>
+bool run(int64_t n, int64_t m, Layout24 layout, int64_t panel) {
+  std::mt19937_64 random(unsigned(n * 31 + m));
+  std::mt19937 patterns(unsigned(n + m));
+  const Mask mask = random_mask(n, m, patterns);
   const simt::Buffer<uint8_t> meta(meta_bytes(mask, layout, m));
-  const int64_t N = slk::padded_rows24(layout, n), half = slk::padded_columns24(layout, m) / 2;
-  const bool wide = type == slk::DType::f32;
-  std::vector<uint32_t> w(size_t(n * m));
-  for (uint32_t& x : w) x = (unsigned(random()) | 1) & (wide ? ~0u : 0xffffu);
-  std::vector<uint16_t> narrow(w.begin(), w.end());
-  const simt::Buffer<uint32_t> w32(w), to32(wide ? size_t(N * half) : 0);
-  const simt::Buffer<uint16_t> w16(narrow), to16(wide ? 0 : size_t(N * half));
+  std::vector<E> dense(size_t(n * m));
+  for (E& x : dense) x = E(random() | 1);
+  const simt::Buffer<E> w(dense);
+  slk::Packed24 pack = {nullptr, meta.get(), layout, n, m};
+  const int64_t rows = pack.rows(), slots = pack.row_values();
+  const simt::Buffer<E> values(size_t(rows * slots));
+  pack.values = values.get();
 
   int64_t errors = 0;
-  for (int64_t row = 0; row < N; row += panel) {
-    const int64_t at = std::min(row, n - 1) * m;
-    const void* from = wide ? static_cast<const void*>(w32.get() + at) : w16.get() + at;
-    void* to = wide ? static_cast<void*>(to32.get()) : to16.get();
-    const slk::Range rows = {row, std::min(N, row + panel)};
-    errors += slk::cuda::launch_gather24(type, from, meta.get(), n, m, layout, rows, to, nullptr) != cudaSuccess;
-  }
-  for (int64_t row = 0; row < N; ++row)
-    for (int64_t slot = 0; slot < half; ++slot) {
+  for (int64_t row = 0; row < rows; row += panel)
+    errors += slk::cuda::launch_gather24(sizeof(E), w.get() + std::min(row, n - 1) * m, pack,
+                                         {row, std::min(rows, row + panel)}, nullptr) != cudaSuccess;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t slot = 0; slot < slots; ++slot) {
       const unsigned code = code_at(mask, row, slot / 2);
       const int64_t column = slot / 2 * 4 + (slot % 2 ? code >> 2 : code & 3);
-      const uint32_t expected = row < n && column < m ? w[size_t(row * m + column)] : 0;
-      errors += (wide ? to32[row * half + slot] : to16[row * half + slot]) != expected;
+      errors += values[row * slots + slot] != (row < n && column < m ? dense[size_t(row * m + column)] : E(0));
     }
   if (errors) std::printf("FAIL n=%ld m=%ld layout %d: %ld errors\n", long(n), long(m), int(layout), long(errors));
   return errors == 0;
@@ -67,13 +64,12 @@ bool run(int64_t n, int64_t m, Layout24 layout, int64_t panel, slk::DType type) 
 }  // namespace
 
 int main() {
-  using slk::DType;
-  bool ok = run(5, 8, Layout24::plain, 5, DType::bf16);
-  ok &= run(1, 1, Layout24::plain, 1, DType::f32);
-  ok &= run(7, 9, Layout24::plain, 3, DType::f32);     // an odd number of groups: half of the last byte
-  ok &= run(3, 1034, Layout24::plain, 2, DType::f16);  // more bytes a row than threads
-  ok &= run(33, 70, Layout24::sm80, 16, DType::bf16);
-  ok &= run(70, 130, Layout24::sm90, 64, DType::f16);
+  bool ok = run<uint16_t>(5, 8, Layout24::plain, 5);
+  ok &= run<uint32_t>(1, 1, Layout24::plain, 1);
+  ok &= run<uint32_t>(7, 9, Layout24::plain, 3);     // an odd number of groups: half of the last byte
+  ok &= run<uint16_t>(3, 1034, Layout24::plain, 2);  // more bytes a row than threads
+  ok &= run<uint16_t>(33, 70, Layout24::sm80, 16);
+  ok &= run<uint16_t>(70, 130, Layout24::sm90, 64);
   std::printf(ok ? "semi24_gather: ok\n" : "semi24_gather: failed\n");
   return ok ? 0 : 1;
 }
