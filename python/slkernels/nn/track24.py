@@ -44,9 +44,10 @@ def track24(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tracking:
 
     Raises:
         ValueError: there is no such layer, one's parameter is not among the optimizer's, or SR-STE's decay is asked of
-            a per-layer optimizer, whose gradients are gone before its step.
+            a per-layer optimizer, whose gradients are gone before its step; sharded parameters.
     """
-    from ..optim.per_layer import PerLayerOptimizer  # a module of a package that needs this one's 8-bit layers
+    from ..optim._dtensor import is_dtensor  # here, not above: optim needs this package's 8-bit layers
+    from ..optim.per_layer import PerLayerOptimizer
 
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     layers = []
@@ -57,6 +58,8 @@ def track24(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tracking:
             parameter = layer.values if layer.mode == "slope" else layer.weight
         else:
             continue
+        if is_dtensor(parameter):
+            raise ValueError(f"{name} is sharded (FSDP2): a shard's rows and columns are not whole groups of a mask")
         if parameter.requires_grad and id(parameter) not in held:
             raise ValueError(f"the {type(optimizer).__name__} does not hold the parameters of {name}")
         if getattr(layer, "decay", 0) and isinstance(optimizer, PerLayerOptimizer):
