@@ -3,6 +3,7 @@
     python -m slkernels.bench.pretrain                           # all three, tiny, about a minute on two cores
     python -m slkernels.bench.pretrain --method sltrain --config 60m --batch 8 --accumulate 1 --steps 200
     python -m slkernels.bench.pretrain --method galore           # also qgalore, apollo, apollo-mini, fira
+    python -m slkernels.bench.pretrain --method semi24 slope maskllm    # 2:4; maskllm starts from a dense run's weights
     python -m slkernels.bench.pretrain --resume                  # go on after Ctrl-C, with the same options
 
 Every method sees the same bytes in the same order for the same number of steps. Each runs in a process of its own when
@@ -28,6 +29,7 @@ from slkernels.bench.trainer import (
     LOW_RANK,
     METHODS,
     OPTIMIZERS,
+    SEMI24,
     SUPPORTS,
     Run,
     Settings,
@@ -51,9 +53,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--config", choices=CONFIGS, default=d.config, help="shapes (default: %(default)s)")
     p.add_argument(
         "--method",
-        choices=(*METHODS, *LOW_RANK, "all"),
-        default="all",
-        help=f"default: all, which compares {', '.join(METHODS)}",
+        choices=(*METHODS, *LOW_RANK, *SEMI24, "all"),
+        nargs="+",
+        default=["all"],
+        help=f"one, or several to compare; default: all, which is {', '.join(METHODS)}",
     )
     p.add_argument("--optimizer", choices=OPTIMIZERS, help="default: adamw8bit for sltrain, else torch's fused adamw")
     p.add_argument(
@@ -66,7 +69,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--gap", type=int, help="steps between two subspaces; default: 200, or an eighth of the steps if less"
     )
-    p.add_argument("--lr", type=float, help="peak; default: 3e-3 for sltrain, 1e-3 for dense and lowrank, 1e-2 else")
+    p.add_argument("--refresh", type=int, help="semi24: steps between masks; default: 40, or an eighth of all if less")
+    p.add_argument("--decay", type=float, default=d.decay, help="semi24: SR-STE's (default: %(default)s)")
+    p.add_argument("--adapter", type=float, default=d.adapter, help="slope: part of the steps (default: %(default)s)")
+    p.add_argument("--start", help="weights of a dense run; maskllm: default dense/model.pt under --out")
+    p.add_argument("--lr", type=float, help="peak; default: 3e-3 for sltrain, 1e-2 for galore to fira, else 1e-3")
     length = p.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="default: the config's")
     length.add_argument("--seconds", type=float, help="as many steps as the methods together take in about this time")
@@ -86,10 +93,23 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def dense_weights(args: argparse.Namespace) -> Path:
+    return args.out / "dense" / "model.pt"
+
+
+def methods_of(args: argparse.Namespace) -> tuple[str, ...]:
+    """What to run, in this order; maskllm starts from a dense model, so that one comes first."""
+    methods = METHODS if args.method == ["all"] else tuple(args.method)
+    if "maskllm" in methods and not args.start and ("dense" in methods or not dense_weights(args).exists()):
+        methods = ("dense", *(m for m in methods if m != "dense"))
+    return methods
+
+
 def settings_of(args: argparse.Namespace, method: str) -> Settings:
     names = ("config", "optimizer", "per_layer", "rank", "density", "support", "alpha", "gap", "lr", "steps", "batch")
-    names += ("sequence", "accumulate", "dtype", "device", "seed", "threads")
-    settings = Settings(method=method, **{name: getattr(args, name) for name in names})
+    names += ("sequence", "accumulate", "dtype", "device", "seed", "threads", "refresh", "decay", "adapter")
+    start = args.start or (str(dense_weights(args)) if method == "maskllm" else None)
+    settings = Settings(method=method, start=start, **{name: getattr(args, name) for name in names})
     return (replace(settings, validations=0) if args.no_validation else settings).resolved()
 
 
@@ -208,7 +228,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    methods = METHODS if args.method == "all" else (args.method,)
+    methods = methods_of(args)
+    if args.seconds and "maskllm" in methods:
+        parser().error("maskllm takes --steps, not --seconds: nothing can be timed before its dense model is trained")
     if args.seconds:
         if args.resume:
             parser().error("--resume needs the --steps that the run before it printed, not --seconds")

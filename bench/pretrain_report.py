@@ -13,6 +13,9 @@ TITLES = {
     "apollo": "APOLLO",
     "apollo-mini": "APOLLO-Mini",
     "fira": "Fira",
+    "semi24": "2:4",
+    "slope": "SLoPe",
+    "maskllm": "MaskLLM",
 }
 COLORS = {
     "dense": "#9a9a9a",
@@ -23,6 +26,9 @@ COLORS = {
     "apollo": "#7a5ba8",
     "apollo-mini": "#b59bd6",
     "fira": "#222222",
+    "semi24": "#c0392b",
+    "slope": "#2e8b7a",
+    "maskllm": "#c99a2e",
 }
 
 

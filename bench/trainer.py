@@ -18,9 +18,11 @@ import torch
 from slkernels import convert, optim
 from slkernels.bench.corpus import Corpus
 from slkernels.bench.llama import CONFIGS, Llama
+from slkernels.nn import Linear24, track24
 from torch import Tensor, nn
 
 METHODS = ("dense", "lowrank", "sltrain")
+SEMI24 = ("semi24", "slope", "maskllm")  # 2:4 masks that change, static ones on SLoPe's recipe, learned ones
 LOW_RANK = ("galore", "qgalore", "apollo", "apollo-mini", "fira")  # a dense model (qgalore: in 8 bits), its optimizer
 OPTIMIZERS = ("adamw", "adamw8bit")
 SUPPORTS = ("uniform", "row", "block8", "column")
@@ -39,6 +41,10 @@ class Settings:
     rank: int | None = None
     density: float | None = None
     support: str = "uniform"  # kind of S's support: see slkernels.random_support
+    refresh: int | None = None  # semi24: steps between two masks; default: 40, or an eighth of the steps if less
+    decay: float = 0.0  # semi24: SR-STE's
+    adapter: float = 0.01  # slope: the part of the steps at the end that have a low-rank adapter
+    start: str | None = None  # file of weights of a dense run to start from; maskllm needs one
     alpha: float | None = None
     lr: float | None = None
     warmup: float = 0.1  # part of the steps
@@ -61,12 +67,17 @@ class Settings:
         defaults["accumulate"] = config.accumulate
         low_rank = self.method in LOW_RANK
         defaults["optimizer"] = self.method if low_rank else "adamw8bit" if self.method == "sltrain" else "adamw"
-        defaults["lr"] = 1e-2 if low_rank else {"dense": 1e-3, "lowrank": 1e-3, "sltrain": 3e-3}[self.method]
+        defaults["lr"] = 1e-2 if low_rank else {"sltrain": 3e-3}.get(self.method, 1e-3)
         filled.update({name: value for name, value in defaults.items() if filled[name] is None})
         if filled["optimizer"] not in ((self.method,) if low_rank else OPTIMIZERS):
             raise ValueError(f"method {self.method} cannot be trained with {filled['optimizer']}")
         filled["gap"] = self.gap or min(200, max(1, filled["steps"] // 8))
+        filled["refresh"] = self.refresh or min(40, max(1, filled["steps"] // 8))
         filled["per_layer"] = self.per_layer and filled["optimizer"] != "adamw"
+        if self.method == "slope" and filled["per_layer"]:
+            raise ValueError("method slope adds parameters to its optimizer, which a per-layer optimizer does not take")
+        if self.method == "maskllm" and self.start is None:
+            raise ValueError("method maskllm learns masks of trained weights: it needs start, a dense run's model.pt")
         filled["threads"] = self.threads or torch.get_num_threads()
         return Settings(**filled)
 
@@ -79,6 +90,8 @@ def build_model(settings: Settings) -> nn.Module:
     """The model of ``settings`` on its device; attention's and MLP's linears are swapped where the method says so."""
     torch.manual_seed(settings.seed)
     model = Llama(CONFIGS[settings.config]).to(settings.device, getattr(torch, settings.dtype))
+    if settings.start:
+        model.load_state_dict(torch.load(settings.start, map_location=settings.device, weights_only=True))
     if settings.method == "lowrank":
         convert.lowrank(model, settings.rank, verbose=False)
     elif settings.method == "sltrain":
@@ -86,17 +99,24 @@ def build_model(settings: Settings) -> nn.Module:
         convert.sltrain(model, settings.rank, settings.density, settings.alpha, **layer, verbose=False)
     elif settings.method == "qgalore":
         convert.int8(model, verbose=False)
+    elif settings.method == "semi24":
+        convert.semi24(model, refresh=settings.refresh, decay=settings.decay, verbose=False)
+    elif settings.method == "slope":
+        convert.semi24(model, "slope", verbose=False)
+    elif settings.method == "maskllm":
+        convert.maskllm(model, steps=settings.steps, seed=settings.seed, verbose=False)
     return model
 
 
 def build_optimizer(model: nn.Module, settings: Settings):
     """An optimizer over model's parameters, no weight decay as in the papers' recipes."""
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0, fused=True)
     make = low_rank_optimizer(model, settings) if settings.optimizer in LOW_RANK else adamw8bit(settings)
     if settings.per_layer:
         return optim.per_layer(model, make, accumulation_steps=settings.accumulate)
-    return make(list(model.parameters()))
+    return make([p for p in model.parameters() if p.requires_grad])
 
 
 def adamw8bit(settings: Settings) -> Callable:
@@ -254,6 +274,9 @@ class Run:
         self.model = build_model(self.settings)
         self.meter = StepMeter(self.model)
         self.optimizer = build_optimizer(self.model, self.settings)
+        if self.settings.method in SEMI24:
+            track24(self.model, self.optimizer)
+        self._adapted: list[Linear24] = []
         self.step = 0
         self.losses: list[float] = []
         self.seconds: list[float] = []
@@ -294,6 +317,7 @@ class Run:
             differ.append("the training text")
         if differ:
             raise RuntimeError(f"{self.checkpoint} cannot continue, it has other settings: {'; '.join(differ)}")
+        self._add_adapters(state["step"] - 1)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"].cpu())
@@ -311,8 +335,21 @@ class Run:
     def validate(self) -> float:
         s = self.settings
         windows = self.corpus.validation_windows(s.validation_windows, s.sequence + 1).split(s.batch)
+        self.model.eval()
         losses = [self.model.loss(tokens.to(s.device)).item() * len(tokens) for tokens in windows]
+        self.model.train()
         return sum(losses) / s.validation_windows
+
+    def _add_adapters(self, step: int) -> None:
+        """SLoPe's lazy adapters, once step ``step`` is among those that have them."""
+        s = self.settings
+        if s.method != "slope" or step < s.steps - max(1, round(s.adapter * s.steps)) or len(self._adapted):
+            return
+        self._adapted = [layer for layer in self.model.modules() if isinstance(layer, Linear24)]
+        with torch.random.fork_rng():
+            torch.manual_seed(s.seed)
+            factors = [factor for layer in self._adapted for factor in layer.add_adapter(s.rank)]
+        self.optimizer.add_param_group({"params": factors})
 
     def train(self, on_step: Callable[[Run], None] = lambda run: None, save_every: int = 0) -> bool:
         """Train from ``step`` to the end and return True; on SIGINT or SIGTERM finish the step, leave a checkpoint and
@@ -321,6 +358,7 @@ class Run:
         with interruptible() as interrupted:
             self._validate_now()
             while self.step < s.steps:
+                self._add_adapters(self.step)
                 start = time.perf_counter()
                 loss = train_step(self.model, self.optimizer, s, self.step, self.parts(self.step))
                 self.seconds.append(time.perf_counter() - start)

@@ -1,4 +1,5 @@
-"""Swap the linear layers of any model: into SLTrain's, low-rank or 8-bit ones, and back into ``nn.Linear``."""
+"""Swap the linear layers of any model: into SLTrain's, low-rank, 2:4 sparse or 8-bit ones, and back into
+``nn.Linear``."""
 
 from __future__ import annotations
 
@@ -7,12 +8,16 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .nn import Int8Linear, LowRankLinear, SLLinear, exclude_indices_from_ddp
+from .nn import Int8Linear, Linear24, LowRankLinear, MaskLinear24, SLLinear, exclude_indices_from_ddp
 from .nn.sl_linear import draw_seed
+from .semi24.scores import Calibration, input_norms, wanda_score
 
-_LAYERS = (SLLinear, LowRankLinear, Int8Linear)
+_ops = torch.ops.slkernels
+
+_LAYERS = (SLLinear, LowRankLinear, Int8Linear, Linear24, MaskLinear24)
 
 
 @dataclass
@@ -40,7 +45,7 @@ class Report:
     @property
     def swapped(self) -> list[str]:
         """The names of the modules that were swapped."""
-        return [swap.name for swap in self.swaps if swap.after]
+        return [swap.name for swap in self.swaps if swap.before]
 
     def rows(self) -> list[tuple[str, ...]]:
         """The table: layers of the same name but for their number are one row."""
@@ -50,7 +55,7 @@ class Report:
         rows = []
         for (name, shape, outcome), swaps in groups.items():
             before, after = sum(s.before for s in swaps), sum(s.after for s in swaps)
-            counts = (f"{before:,}", f"{after:,}") if after else ("", "")
+            counts = (f"{before:,}", f"{after:,}") if before else ("", "")
             rows.append((name, str(len(swaps)), f"{shape[0]}x{shape[1]}", outcome, *counts))
         return rows
 
@@ -101,8 +106,10 @@ def _swap(
     targets: Iterable[str],
     make: Callable[[str, nn.Linear], nn.Module],
     describe: Callable[[nn.Module], str],
+    again: Callable[[nn.Module], bool] = lambda module: False,
 ) -> Report:
-    """Replace every nn.Linear whose qualified name contains a target by make(name, linear)."""
+    """Replace every nn.Linear whose qualified name contains a target by make(name, linear); layers of this
+    library too where ``again`` says so."""
     if isinstance(targets, str):
         targets = (targets,)
     targets = tuple(targets)
@@ -116,16 +123,16 @@ def _swap(
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not name or not any(target in name for target in targets):
             continue
-        if isinstance(module, _LAYERS):
-            report.swaps.append(Swap(name, (module.out_features, module.in_features), "kept: already converted"))
-            continue
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, (nn.Linear, *_LAYERS)):
             continue
         shape = (module.out_features, module.in_features)
-        if type(module) is not nn.Linear:
+        if isinstance(module, _LAYERS) and not again(module):
+            report.swaps.append(Swap(name, shape, "kept: already converted"))
+            continue
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
             report.swaps.append(Swap(name, shape, f"kept: a {type(module).__name__}"))
             continue
-        if owners[id(module.weight)] > 1:
+        if type(module) is nn.Linear and owners[id(module.weight)] > 1:
             report.swaps.append(Swap(name, shape, "kept: its weight is tied"))
             continue
         shared = id(module) in made
@@ -235,9 +242,122 @@ def int8(
     return _finish(model, report, verbose, return_report)
 
 
+def _matching(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Linear]:
+    """The linears that :func:`_swap` would swap if no weight is tied."""
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and type(module) is nn.Linear and any(target in name for target in targets)
+    }
+
+
+def _norms(
+    model: nn.Module, targets: Iterable[str], score: str, calibration: Calibration | None
+) -> Callable[[nn.Linear], Tensor | None]:
+    """Of a linear, the norms of its input features that Wanda's score needs; None where the score is the magnitude."""
+    if score not in ("magnitude", "wanda"):
+        raise ValueError(f'score must be "magnitude" or "wanda", got {score!r}')
+    if (score == "wanda") != (calibration is not None):
+        raise ValueError('score="wanda" needs calibration, "magnitude" takes none')
+    if calibration is None:
+        return lambda linear: None
+    layers = _matching(model, targets)
+    norms = input_norms(model, layers, calibration)
+    found = {id(module): norms[name] for name, module in layers.items()}
+    return lambda linear: found[id(linear)]
+
+
+def semi24(
+    model: nn.Module,
+    mode: str = "dynamic",
+    targets: Iterable[str] = ("attn", "mlp"),
+    *,
+    by: str | None = None,
+    refresh: int | None = None,
+    decay: float = 0.0,
+    score: str = "magnitude",
+    calibration: Calibration | None = None,
+    verbose: bool = True,
+    return_report: bool = False,
+):
+    """Swap the linears of ``model``, in place, for :class:`slkernels.nn.Linear24`: two of every four weights are kept.
+    Make the optimizer afterwards, and :func:`slkernels.nn.track24` from both. ``mode="inference"`` packs what
+    was trained too: layers of other modes and MaskLLM's, with the masks they have. The rest is as in :func:`sltrain`.
+
+    Args:
+        mode, by, refresh, decay: see :class:`slkernels.nn.Linear24`. "inference" prunes and packs in one go.
+        score: what masks are chosen by: "magnitude", or "wanda", the magnitude times the norm of the input feature.
+        calibration: for "wanda": batches, or a function of the model: see :func:`slkernels.semi24.input_norms`.
+
+    Raises:
+        ValueError: no linear matches ``targets``; arguments that do not fit the mode; calibration without "wanda".
+    """
+    norms = _norms(model, targets, score, calibration)
+
+    def make(_: str, module: nn.Module) -> Linear24:
+        if isinstance(module, MaskLinear24):
+            return module.to_linear24("inference")
+        if isinstance(module, Linear24):
+            return module.to_inference()
+        start = {"mode": "static", "by": by or "row"} if mode == "inference" else {"mode": mode, "by": by}
+        new = Linear24.from_linear(module, **start, refresh=refresh, decay=decay, input_norm=norms(module))
+        return new.to_inference() if mode == "inference" else new
+
+    def again(module: nn.Module) -> bool:
+        trained = isinstance(module, (MaskLinear24, Linear24)) and getattr(module, "mode", None) != "inference"
+        return mode == "inference" and trained
+
+    report = _swap(model, targets, make, lambda new: f"Linear24 {new.mode}", again)
+    return _finish(model, report, verbose, return_report)
+
+
+def maskllm(
+    model: nn.Module,
+    targets: Iterable[str] = ("attn", "mlp"),
+    *,
+    steps: int = 2000,
+    kappa: tuple[float, float] = (1e2, 5e2),
+    tau: tuple[float, float] = (4.0, 0.05),
+    score: str = "magnitude",
+    calibration: Calibration | None = None,
+    strength: float = 3.0,
+    seed: int | None = None,
+    gate_dtype: torch.dtype = torch.float32,
+    verbose: bool = True,
+    return_report: bool = False,
+):
+    """Swap the linears of a trained ``model``, in place, for :class:`slkernels.nn.MaskLinear24`, and freeze every other
+    parameter: only masks are learned (MaskLLM, arXiv 2409.17481). ``semi24(model, "inference")`` packs the result.
+
+    Args:
+        steps, kappa, tau, gate_dtype: see :class:`slkernels.nn.MaskLinear24`.
+        score, calibration, strength: of the prior: see :func:`semi24` and ``MaskLinear24.set_prior``; 0: no prior.
+        seed: of the whole model, as in :func:`sltrain`, whose other arguments these are too.
+
+    Raises:
+        ValueError: no linear matches ``targets``; calibration without "wanda".
+    """
+    seed = draw_seed() if seed is None else seed
+    norms = _norms(model, targets, score, calibration)
+
+    def make(name: str, linear: nn.Linear) -> MaskLinear24:
+        norm = norms(linear)
+        mask = None if norm is None else _ops.prune24(wanda_score(linear.weight, norm), "row", None)
+        options = {"steps": steps, "kappa": kappa, "tau": tau, "gate_dtype": gate_dtype}
+        return MaskLinear24.from_linear(linear, mask=mask, strength=strength, seed=module_seed(seed, name), **options)
+
+    report = _swap(model, targets, make, lambda new: f"MaskLinear24 gates={new.gate.numel():,}")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, MaskLinear24):
+            module.gate.requires_grad_(True)
+    return _finish(model, report, verbose, return_report)
+
+
 def dense(model: nn.Module) -> nn.Module:
-    """Swap every SLLinear, LowRankLinear and Int8Linear of ``model``, in place, for the ``nn.Linear`` with the same W;
-    returns it.
+    """Swap every layer of this library in ``model``, in place, for the ``nn.Linear`` with the same W; returns it.
 
     Raises:
         ValueError: a LowRankLinear with an activation, which is no single matrix.

@@ -19,6 +19,7 @@ from ._pack import (
     repack24_t_,
 )
 from ._relu2 import relu2_prune24
+from .scores import input_norms, wanda_score
 
 __all__ = [
     "check24",
@@ -31,6 +32,7 @@ __all__ = [
     "linear24_packed",
     "linear24_train",
     "gate_to_mask",
+    "input_norms",
     "mask_of24",
     "maskllm24",
     "maskllm_prior",
@@ -43,3 +45,7 @@ __all__ = [
     "to_torch_semi_structured",
     "sparse_pays24",
 ]
+    "wanda_score",
+from ._linear import dw_compress24, linear24, linear24_packed, linear24_train
+
+__all__ = ["dw_compress24", "linear24", "linear24_packed", "linear24_train"]
