@@ -17,6 +17,7 @@ except ImportError as error:
 from . import attention, convert, nn, optim
 from .gemm import gemm
 from .lowrank import lowrank_linear
+from .lowrank_shared import lowrank_linear_multi, lowrank_swiglu
 from .optim import adam_q_, adam_q_dir_, ademamix_q_, dequantize_block, momentum_q_, quantize_block
 from .project import (
     apollo_scale_update_,
@@ -68,6 +69,8 @@ __all__ = [
     "gemm",
     "grad_carrier",
     "lowrank_linear",
+    "lowrank_linear_multi",
+    "lowrank_swiglu",
     "momentum_q_",
     "nn",
     "optim",

@@ -115,6 +115,7 @@ std::vector<std::string> compiled_isas() {
 
 SLK_TABLE(AttentionKernels, attention_table, attention_kernels)
 SLK_TABLE(LowRankKernels, lowrank_table, lowrank_kernels)
+SLK_TABLE(SwigluKernels, swiglu_table, swiglu_kernels)
 SLK_TABLE(SparseKernels, sparse_table, sparse_kernels)
 SLK_TABLE(OptimKernels, optim_table, optim_kernels)
 SLK_TABLE(NormKernels, norm_table, norm_kernels)

@@ -6,7 +6,7 @@ differentiable by autograd. They are written to be read, not to be fast: S is a 
 
 from . import attention, optim, project
 from .gemm import gemm
-from .lowrank import lowrank_linear
+from .lowrank import lowrank_linear, lowrank_linear_multi, lowrank_swiglu
 from .random_support import permute, random_blocks8, random_support, round_keys
 from .sl import sl_linear
 from .sparse import check_support, compose, gather_support, sddmm, spmm, spmm_t, support_rows, to_dense
@@ -18,6 +18,8 @@ __all__ = [
     "gather_support",
     "gemm",
     "lowrank_linear",
+    "lowrank_linear_multi",
+    "lowrank_swiglu",
     "optim",
     "permute",
     "project",
