@@ -158,7 +158,7 @@ MICRO_BATCHES = 4
 
 
 def micro_batches_problem(tokens, n, m, r, density, dtype):
-    """A step of gradient accumulation: forward and backward of MICRO_BATCHES micro-batches, with W kept or made anew."""
+    """A step of gradient accumulation over MICRO_BATCHES: forward and backward, with W kept or made anew."""
 
     def make(device, seed):
         layer = _Layer(device, seed, tokens, n, m, r, density, dtype, True)
