@@ -5,19 +5,13 @@
 // 4 P bytes a nonzero.
 #include "slkernels/sparse.h"
 
+#include "cpu/panel.h"
 #include "cpu/simd.h"
 #include "cpu/types.h"
 
 namespace slk::cpu::SLK_ISA {
 namespace {
 
-template <class F>
-void with_col(const Csr& s, F f) {
-  if (s.col_is_16)
-    f(static_cast<const int16_t*>(s.col));
-  else
-    f(static_cast<const int32_t*>(s.col));
-}
 // ---- pack ---------------------------------------------------------------------------------------------------------
 
 // kLanes tokens at a time along their features: as many read streams as a hardware prefetcher can follow.
@@ -94,22 +88,7 @@ void spmm_panel_t(const Csr& s, const Col* col, const float* values, const float
     }
     for (int r = height; r < kLanes; ++r)
       for (int v = 0; v < NV; ++v) store(yt + r * kPanel + v * kLanes, zero());
-    for (int t = 0; t < tokens; t += kLanes) {
-      V tile[kLanes];
-      for (int r = 0; r < kLanes; ++r) tile[r] = load(yt + r * kPanel + t);
-      transpose(tile);
-      T* out = base + t * y.ld + i;
-      const int depth = tokens - t < kLanes ? tokens - t : kLanes;
-      if (height == kLanes && depth == kLanes) {
-        if (accumulate)
-          for (int u = 0; u < kLanes; ++u) store(out + u * y.ld, load(out + u * y.ld) + tile[u]);
-        else
-          for (int u = 0; u < kLanes; ++u) store(out + u * y.ld, tile[u]);
-      } else {
-        for (int u = 0; u < depth; ++u)
-          store_n(out + u * y.ld, accumulate ? load_n(out + u * y.ld, height) + tile[u] : tile[u], height);
-      }
-    }
+    store_panel_rows<kPanel>(yt, height, base + i, y.ld, tokens, accumulate);
   }
 }
 

@@ -15,6 +15,7 @@ except ImportError as error:
     ) from error
 
 from . import attention, convert, nn, optim
+from .block8 import block8_sddmm, block8_spmm, block8_spmm_t
 from .gemm import gemm
 from .lowrank import lowrank_linear
 from .lowrank_shared import lowrank_linear_multi, lowrank_swiglu
@@ -59,6 +60,9 @@ __all__ = [
     "ademamix_q_",
     "apollo_scale_update_",
     "attention",
+    "block8_sddmm",
+    "block8_spmm",
+    "block8_spmm_t",
     "build_info",
     "check_support",
     "compose",

@@ -5,6 +5,7 @@ differentiable by autograd. They are written to be read, not to be fast: S is a 
 """
 
 from . import attention, optim, project
+from .block8 import block8_sddmm, block8_spmm, block8_spmm_t, block8_to_dense
 from .gemm import gemm
 from .lowrank import lowrank_linear, lowrank_linear_multi, lowrank_swiglu
 from .random_support import permute, random_blocks8, random_support, round_keys
@@ -13,6 +14,10 @@ from .sparse import check_support, compose, gather_support, sddmm, spmm, spmm_t,
 
 __all__ = [
     "attention",
+    "block8_sddmm",
+    "block8_spmm",
+    "block8_spmm_t",
+    "block8_to_dense",
     "check_support",
     "compose",
     "gather_support",
