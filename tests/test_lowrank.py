@@ -15,7 +15,7 @@ from torch import Tensor
 
 ops = torch.ops.slkernels
 
-# id: leading shape of x, n, m, rank, activation, gate, bias, small
+# id: leading shape of x, n, m, rank, activation, gate, bias, small; those named base_* have a base
 CASES = {
     "small": ((3,), 5, 4, 2, "none", False, False, True),
     "small_all": ((3,), 5, 4, 3, "silu", True, True, True),
@@ -35,28 +35,38 @@ CASES = {
     "tokens_17": ((17,), 33, 65, 8, "relu", False, True, False),
     "rows_5461": ((5,), 5461, 19, 11, "none", False, True, False),
     "columns_2736": ((18,), 23, 2736, 11, "none", False, False, False),
+    "base_small": ((3,), 5, 4, 2, "none", False, False, True),
+    "base_small_all": ((4,), 5, 4, 3, "gelu", True, True, True),
+    "base_no_features": ((3,), 5, 0, 2, "none", False, True, True),
+    "base_few_tokens": ((7,), 131, 257, 31, "none", False, True, False),
+    "base_primes": ((37,), 61, 53, 13, "silu", True, True, False),
     "many_tokens": ((1031,), 29, 31, 7, "silu", False, False, False),
 }
 
 
-def magnitude(x, A, B, alpha=1.0, gate=None, activation="none", bias=None) -> Tensor:
+def magnitude(x, A, B, alpha=1.0, gate=None, activation="none", bias=None, base=None) -> Tensor:
     """On absolute values. z (1 + z) bounds each activation, and, with its slope 1 + 2 z, what an error of z does to the
     activation's slope (|act''| < 2)."""
     z = F.linear(x, A)
     if activation != "none":
         z = z * (1 + z)
-    return F.linear((z if gate is None else z * gate) * abs(alpha), B, bias)
+    y = F.linear((z if gate is None else z * gate) * abs(alpha), B, bias)
+    return y if base is None else y + F.linear(x, base)
 
 
 def make_cases() -> list[OpCase]:
     cases = []
     for name, (lead, n, m, rank, activation, gate, bias, small) in CASES.items():
+        with_base = name.startswith("base")
 
-        def make(inputs: Inputs, lead=lead, n=n, m=m, rank=rank, activation=activation, gate=gate, bias=bias) -> tuple:
+        def make(
+            inputs: Inputs, lead=lead, n=n, m=m, rank=rank, activation=activation, gate=gate, bias=bias, base=with_base
+        ) -> tuple:
             x, A, B = inputs.tensor(*lead, m), inputs.tensor(rank, m, scale=max(m, 1) ** -0.5), inputs.tensor(n, rank)
-            if (activation, gate, bias) == ("none", False, False):
+            if (activation, gate, bias, base) == ("none", False, False, False):
                 return x, A, B  # the default arguments
-            return x, A, B, 0.5, inputs.tensor(rank) if gate else None, activation, inputs.tensor(n) if bias else None
+            args = (x, A, B, 0.5, inputs.tensor(rank) if gate else None, activation, inputs.tensor(n) if bias else None)
+            return (*args, inputs.tensor(n, m)) if base else args
 
         tokens = int(torch.tensor(lead).prod())
         cases.append(
@@ -67,7 +77,7 @@ def make_cases() -> list[OpCase]:
                 reference=reference.lowrank_linear,
                 magnitude=magnitude,
                 terms=max(n, m, rank, tokens),
-                roundings=4,  # z, act(z), times gate; the gradients of each
+                roundings=4 + with_base,  # z, act(z), times gate; the gradients of each; the base's product
                 small=small,
                 dense=True,
                 exact=activation in ("none", "relu") and bool(tokens and n and m),
@@ -78,7 +88,7 @@ def make_cases() -> list[OpCase]:
 
 def call(**changes) -> Tensor:
     a = dict(x=torch.ones(3, 4), A=torch.ones(2, 4), B=torch.ones(5, 2), alpha=1.0, gate=torch.ones(2))
-    a |= dict(activation="none", bias=torch.ones(5))
+    a |= dict(activation="none", bias=torch.ones(5), base=torch.ones(5, 4))
     return ops.lowrank_linear(*{**a, **changes}.values())
 
 
@@ -102,6 +112,8 @@ class TestLowrank(OpTests):
         error("gate_dtype", "gate must have x's dtype float32, got float64", gate=torch.ones(2).double()),
         error("bias_length", "bias must be [5], got [4]", bias=torch.ones(4)),
         error("bias_dtype", "bias must have x's dtype float32, got float16", bias=torch.ones(5).half()),
+        error("base_shape", "base must be [5, 4], got [4, 5]", base=torch.ones(4, 5)),
+        error("base_dtype", "base must have x's dtype float32, got bfloat16", base=torch.ones(5, 4).bfloat16()),
         error("activation", "activation must be none, relu, silu or gelu, got tanh", activation="tanh"),
     ]
 

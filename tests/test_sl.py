@@ -75,7 +75,7 @@ NNZ = COL.numel()
 
 def call(**changes) -> Tensor:
     a = dict(x=torch.ones(3, M), A=torch.ones(RANK, M), B=torch.ones(N, RANK), values=torch.ones(NNZ), crow=CROW)
-    a |= dict(col=COL, alpha=0.5, bias=torch.ones(N), path="auto", validate=True)
+    a |= dict(col=COL, alpha=0.5, bias=torch.ones(N), path="auto", validate=True, weight=None)
     return ops.sl_linear(*{**a, **changes}.values())
 
 
@@ -109,6 +109,9 @@ class TestSl(OpTests):
         error("values_dtype", "values must have x's dtype float32, got bfloat16", values=torch.ones(NNZ).bfloat16()),
         error("bias_length", "bias must be [8], got [7]", bias=torch.ones(7)),
         error("bias_dtype", "bias must have x's dtype float32, got float64", bias=torch.ones(N).double()),
+        error("weight_shape", "weight must be [8, 5], got [5, 8]", weight=torch.ones(M, N)),
+        error("weight_dtype", "weight must have x's dtype float32, got float64", weight=torch.ones(N, M).double()),
+        error("weight_chain", "path chain does not use weight", weight=torch.ones(N, M), path="chain"),
         error("path", "path must be auto, chain or compose, got dense", path="dense"),
     ]
     fault_calls = {"sl_linear": faulty_call("auto")}  # noqa: RUF012
@@ -152,6 +155,35 @@ def test_gradient_of_one_input(path: str, index: int) -> None:
     got = torch.autograd.grad(ops.sl_linear(*args, crow, col, 0.5, None, path).sum(), args[index])
     want = torch.autograd.grad(reference.sl_linear(*args, crow, col, 0.5).sum(), args[index])
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+def test_numeric_weight_is_what_compose_builds(dtype: torch.dtype, device: torch.device) -> None:
+    """A W that the caller composed gives the bits of the compose path, results and gradients, and is read by both."""
+    inputs = Inputs(dtype, device)
+    crow, col = inputs.support(24, 16, 0.3)
+    tensors = [inputs.tensor(*s).requires_grad_() for s in ((2, 20, 16), (3, 16), (24, 3), (col.numel(),))]
+    bias, dy = inputs.tensor(24).requires_grad_(), inputs.tensor(2, 20, 24)
+    weight = ops.compose(tensors[3].detach(), crow, col, 16, tensors[1].detach(), tensors[2].detach(), 0.5)
+    results = []
+    for kept in (None, weight, 2 * weight):
+        y = ops.sl_linear(*tensors, crow, col, 0.5, bias, "compose" if kept is None else "auto", True, kept)
+        results.append([y, *torch.autograd.grad(y, [*tensors, bias], dy)])
+    for index, (got, want) in enumerate(zip(results[1], results[0], strict=True)):
+        assert_bitwise_equal(got, want, f"result {index}")
+    assert_bitwise_equal(results[2][1], 2 * results[0][1], "dx of another W")
+
+
+def test_weight_in_opcheck_and_compile() -> None:
+    inputs = Inputs(torch.float32)
+    args = [inputs.tensor(*s).requires_grad_() for s in ((3, M), (RANK, M), (N, RANK), (NNZ,))]
+    weight = inputs.tensor(N, M)
+    torch.library.opcheck(ops.sl_linear.default, (*args, CROW, COL, 0.5, None, "auto", True, weight))
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: ops.sl_linear(x, *args[1:], CROW, COL, 0.5, weight=weight), fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(args[0]), args[0] @ weight.t())
 
 
 def test_wrapper_is_the_op() -> None:

@@ -154,6 +154,64 @@ def paths_problem(tokens, n, m, r, density, dtype, backward):
     return make
 
 
+MICRO_BATCHES = 4
+
+
+def micro_batches_problem(tokens, n, m, r, density, dtype):
+    """A step of gradient accumulation over MICRO_BATCHES: forward and backward, with W kept or made anew."""
+
+    def make(device, seed):
+        layer = _Layer(device, seed, tokens, n, m, r, density, dtype, True)
+        module = slkernels.nn.SLLinear(m, n, r, density, _ALPHA * r, path="compose", seed=0, device=device, dtype=dtype)
+        s, flat = module.values, module.support.to_flat()
+        with torch.no_grad():
+            module.lora_A.copy_(layer.a)
+            module.lora_B.copy_(layer.b)
+        factors = [module.lora_A, module.lora_B, s]
+
+        def step(f, *leaves):
+            for leaf in (layer.x, *leaves):
+                leaf.grad = None
+            for _ in range(MICRO_BATCHES):
+                f(layer.x).backward(layer.dy)
+            return tuple(leaf.grad for leaf in leaves)
+
+        def cached(accumulate):
+            with slkernels.nn.cached_weights(module, accumulate):
+                step(module, *factors)
+            return tuple(leaf.grad for leaf in factors)
+
+        def expected():
+            a, b, x, dy = (t.detach().double() for t in (layer.a, layer.b, layer.x, layer.dy))
+            dw = MICRO_BATCHES * (dy.t() @ x)
+            return dw, _ALPHA * (b.t() @ dw), _ALPHA * (dw @ a.t()), dw.view(-1)[flat]
+
+        expected = cache(expected)
+        error = compare_with(lambda: expected()[1:], dtype)
+        flops, size = layer.dense_work()
+        made = 2.0 * n * m * r
+        # W made once; its gradient summed and taken apart once
+        least = MICRO_BATCHES * flops + 3 * made, MICRO_BATCHES * size
+        each = MICRO_BATCHES * (flops + 2 * made) + made, MICRO_BATCHES * size
+        sltrain = MICRO_BATCHES * (flops + 4 * made), MICRO_BATCHES * size
+        return {
+            OURS: Provider(lambda: cached(True), error, *least),
+            "W kept": Provider(lambda: cached(False), error, *each),
+            "W made anew": Provider(lambda: step(module, *factors), error, *sltrain),
+            DENSE: Provider(
+                lambda: step(lambda x: F.linear(x, layer.w), layer.w),
+                compare_with(lambda: expected()[:1], dtype),
+                MICRO_BATCHES * flops,
+                MICRO_BATCHES * size,
+            ),
+            SLTRAIN: Provider(
+                lambda: step(lambda x: SLTrainFunction.apply(x, *factors, flat, _ALPHA), *factors), error, *sltrain
+            ),
+        }
+
+    return make
+
+
 SWEEP_TOKENS = (1, 8, 64, 512, 2048, 8192)
 SWEEP_LAYERS = (  # n, m, r, density
     (1024, 1024, 64, 0.03),
@@ -246,4 +304,10 @@ def cases() -> list[Case]:
             quick = full or tokens == 1
             case = Case("sl", "sl_linear decode", shape, dtype, make, targets=goals, quick=quick, devices=("cpu",))
             found.append(case)
+    for n, m, r, density, on in ((1024, 1024, 256, 0.03, ("cpu", "cuda")), (4096, 4096, 1024, 0.05, ("cuda",))):
+        for dtype in (torch.float32, torch.bfloat16) if "cpu" in on else (torch.bfloat16,):
+            make = micro_batches_problem(2048, n, m, r, density, dtype)
+            shape = f"{MICRO_BATCHES} x T=2048 {m}→{n} r={r} {density:.0%}"
+            goals = (Target(SLTRAIN, 1.4),) if on == ("cuda",) else ()
+            found.append(Case("sl", "SLLinear cached_weights", shape, dtype, make, targets=goals, devices=on))
     return found + llama() + sweep()

@@ -38,24 +38,27 @@ SLK_INLINE void skinny_tile(const float* x, int64_t k, const T* w, int64_t ldw, 
 
 template <int NR, int NT, class T>
 void skinny_rows(const float* x, const T* w, int64_t ldw, int64_t k, int64_t n, int64_t row, float alpha, const T* bias,
-                 float* y) {
+                 bool accumulate, float* y) {
   float out[NR][NT];
   skinny_tile<NR, NT>(x, k, w + row * ldw, ldw, out);
   for (int r = 0; r < NR; ++r)
-    for (int t = 0; t < NT; ++t) y[t * n + row + r] = alpha * out[r][t] + (bias ? to_float(bias[row + r]) : 0.f);
+    for (int t = 0; t < NT; ++t) {
+      float& to = y[t * n + row + r];
+      to = alpha * out[r][t] + (accumulate ? to : bias ? to_float(bias[row + r]) : 0.f);
+    }
 }
 
 template <int NT, class T>
 void skinny_tokens(const float* x, const T* w, int64_t ldw, int64_t k, int64_t n, Range rows, float alpha,
-                   const T* bias, float* y) {
+                   const T* bias, bool accumulate, float* y) {
   constexpr int kRows = NT >= 8 ? 2 : 4;  // 16 accumulators at most
   int64_t i = rows.begin;
-  for (; i + kRows <= rows.end; i += kRows) skinny_rows<kRows, NT>(x, w, ldw, k, n, i, alpha, bias, y);
-  for (; i < rows.end; ++i) skinny_rows<1, NT>(x, w, ldw, k, n, i, alpha, bias, y);
+  for (; i + kRows <= rows.end; i += kRows) skinny_rows<kRows, NT>(x, w, ldw, k, n, i, alpha, bias, accumulate, y);
+  for (; i < rows.end; ++i) skinny_rows<1, NT>(x, w, ldw, k, n, i, alpha, bias, accumulate, y);
 }
 
 void skinny(DType dtype, const float* x, int64_t tokens, const void* w, int64_t ldw, int64_t k, int64_t n, Range rows,
-            float alpha, const void* bias, float* y) {
+            float alpha, const void* bias, bool accumulate, float* y) {
   constexpr int64_t kRowBlock = 64;  // rows of W that stay in L2 while the next group of tokens uses them
   with_float_type(dtype, [&](auto* type) {
     using T = Element<decltype(type)>;
@@ -65,7 +68,7 @@ void skinny(DType dtype, const float* x, int64_t tokens, const void* w, int64_t 
       const Range block = {first, first + kRowBlock < rows.end ? first + kRowBlock : rows.end};
       for (int64_t t = 0; t < tokens;) {
         const auto run = [&](auto width) {
-          skinny_tokens<width>(x + t * k, weights, ldw, k, n, block, alpha, offset, y + t * n);
+          skinny_tokens<width>(x + t * k, weights, ldw, k, n, block, alpha, offset, accumulate, y + t * n);
           t += width;
         };
         if (tokens - t >= 8)

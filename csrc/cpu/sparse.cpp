@@ -12,13 +12,6 @@
 namespace slk::cpu::SLK_ISA {
 namespace {
 
-template <class F>
-void with_col(const Csr& s, F f) {
-  if (s.col_is_16)
-    f(static_cast<const int16_t*>(s.col));
-  else
-    f(static_cast<const int32_t*>(s.col));
-}
 void pack_panel(DType dtype, const Matrix& x, int64_t t0, int panel, Range cols, float* xt) {
   with_float_type(dtype, [&](auto* type) { pack_panel_t<Element<decltype(type)>>(x, t0, panel, cols, xt); });
 }
@@ -68,22 +61,7 @@ void spmm_panel_t(const Csr& s, const Col* col, const float* values, const float
     }
     for (int r = height; r < kLanes; ++r)
       for (int v = 0; v < NV; ++v) store(yt + r * kPanel + v * kLanes, zero());
-    for (int t = 0; t < tokens; t += kLanes) {
-      V tile[kLanes];
-      for (int r = 0; r < kLanes; ++r) tile[r] = load(yt + r * kPanel + t);
-      transpose(tile);
-      T* out = base + t * y.ld + i;
-      const int depth = tokens - t < kLanes ? tokens - t : kLanes;
-      if (height == kLanes && depth == kLanes) {
-        if (accumulate)
-          for (int u = 0; u < kLanes; ++u) store(out + u * y.ld, load(out + u * y.ld) + tile[u]);
-        else
-          for (int u = 0; u < kLanes; ++u) store(out + u * y.ld, tile[u]);
-      } else {
-        for (int u = 0; u < depth; ++u)
-          store_n(out + u * y.ld, accumulate ? load_n(out + u * y.ld, height) + tile[u] : tile[u], height);
-      }
-    }
+    store_panel_rows<kPanel>(yt, height, base + i, y.ld, tokens, accumulate);
   }
 }
 

@@ -79,7 +79,7 @@ void few_rows_cpu(const Tensor& P, const Tensor& G, Side side, const Tensor& R) 
     });
   } else {
     parallel_for(n, grain_rows(m), [&](int64_t begin, int64_t end) {
-      cpu::lowrank_kernels().skinny(type, z, rank, g, G.stride(0), m, n, {begin, end}, 1.0f, nullptr, out);
+      cpu::lowrank_kernels().skinny(type, z, rank, g, G.stride(0), m, n, {begin, end}, 1.0f, nullptr, false, out);
     });
   }
   Tensor to = R;

@@ -1,7 +1,8 @@
 // Family `sl` at the torch boundary: y = x W^T + bias with W = alpha B A + S, without ever keeping W.
 //
 //   chain    y = alpha (x A^T) B^T + x S^T; backward by the same products and an sddmm.
-//   compose  builds W, uses the dense library, and drops W; backward builds it again and reads dv, dA, dB off dW.
+//   compose  builds W, uses the dense library, and drops W; backward builds it again and reads dv, dA, dB off dW. A W
+//            that the caller composed and keeps takes the place of both.
 #include "slkernels/sl.h"
 #include "slkernels/lowrank.h"
 #include "torch/lowrank.h"
@@ -17,7 +18,9 @@ struct Layer {
   Tensor A, B, values;
   Csr s;
   double alpha;
+  std::optional<Tensor> weight;  // W, where the caller keeps it
   int64_t rank() const { return A.size(0); }
+  Tensor composed() const { return weight ? *weight : compose_weight(s, values, &A, &B, alpha, nullptr); }
 };
 
 enum class Path { chain, compose };
@@ -32,9 +35,13 @@ constexpr int64_t kDecodeTokensCpu = cpu::kSkinnyTokens, kDecodeTokensCuda = 64;
 Path choose_path(const std::string& path, const Layer& layer, const Tensor& x) {
   const int64_t tokens = x.size(0);
   const bool cuda = x.is_cuda();
-  if (path == "chain") return Path::chain;
+  if (path == "chain") {
+    check(!layer.weight, "sl_linear", "path chain does not use weight");
+    return Path::chain;
+  }
   if (path == "compose") return Path::compose;
   check(path == "auto", "sl_linear", "path must be auto, chain or compose, got ", path);
+  if (layer.weight) return Path::compose;
   if (tokens <= (cuda ? kDecodeTokensCuda : kDecodeTokensCpu)) return Path::chain;
   const double n = double(layer.s.n), m = double(layer.s.m), r = double(layer.rank());
   const double chain =
@@ -44,7 +51,7 @@ Path choose_path(const std::string& path, const Layer& layer, const Tensor& x) {
 }
 
 Layer check_layer(const char* op, const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& values,
-                  const Tensor& crow, const Tensor& col, double alpha, bool validate) {
+                  const Tensor& crow, const Tensor& col, double alpha, std::optional<Tensor> weight, bool validate) {
   dtype_of(op, "x", x);
   check(A.dim() == 2, op, "A must be [rank, m], got ", show(A));
   check(B.dim() == 2, op, "B must be [n, rank], got ", show(B));
@@ -56,7 +63,13 @@ Layer check_layer(const char* op, const Tensor& x, const Tensor& A, const Tensor
   const Csr s = as_csr(op, crow, col, n, m, validate);
   check(values.dim() == 1 && values.size(0) == s.nnz, op, "values must be [", s.nnz, "], got ", show(values));
   check_same_dtype(op, "values", values, "x", x);
-  return {A, B, values, s, alpha};
+  if (weight) {
+    check(weight->dim() == 2 && weight->size(0) == n && weight->size(1) == m, op, "weight must be [", n, ", ", m,
+          "], got ", show(*weight));
+    check_same_dtype(op, "weight", *weight, "x", x);
+    check_same_device(op, "weight", *weight, "x", x);
+  }
+  return {A, B, values, s, alpha, weight};
 }
 
 #ifdef SLKERNELS_WITH_CUDA
@@ -89,8 +102,7 @@ Tensor decode(const Layer& layer, const Tensor& x, const Tensor* bias) {
 #endif
 
 Tensor forward(const Layer& layer, Path path, const Tensor& x, const Tensor* bias) {
-  if (path == Path::compose)
-    return linear(x, compose_weight(layer.s, layer.values, &layer.A, &layer.B, layer.alpha, nullptr), 1, bias);
+  if (path == Path::compose) return linear(x, layer.composed(), 1, bias);
 #ifdef SLKERNELS_WITH_CUDA
   if (x.is_cuda() && x.size(0) <= cuda::kDecodeTokens) return decode(layer, x, bias);
 #endif
@@ -100,9 +112,10 @@ Tensor forward(const Layer& layer, Path path, const Tensor& x, const Tensor* bia
 }
 
 Tensor sl_linear(const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& values, const Tensor& crow,
-                 const Tensor& col, double alpha, std::optional<Tensor> bias, std::string path, bool validate) {
+                 const Tensor& col, double alpha, std::optional<Tensor> bias, std::string path, bool validate,
+                 std::optional<Tensor> weight) {
   const char* op = "sl_linear";
-  const Layer layer = check_layer(op, x, A, B, values, crow, col, alpha, validate);
+  const Layer layer = check_layer(op, x, A, B, values, crow, col, alpha, weight, validate);
   const Csr& s = layer.s;
   if (bias) {
     check(bias->dim() == 1 && bias->size(0) == s.n, op, "bias must be [", s.n, "], got ", show(*bias));
@@ -145,9 +158,7 @@ void chain_backward(const Layer& layer, const Tensor& dy, const Tensor& x, const
 }
 
 void compose_backward(const Layer& layer, const Tensor& dy, const Tensor& x, Needs need, Gradients& grad) {
-  if (need.x)
-    addmm_out(grad.x, grad.x, dy, compose_weight(layer.s, layer.values, &layer.A, &layer.B, layer.alpha, nullptr), 0,
-              1);
+  if (need.x) addmm_out(grad.x, grad.x, dy, layer.composed(), 0, 1);
   if (!need.factors && !need.values) return;
   const Tensor dw = empty_like_shape(x, {layer.s.n, layer.s.m});
   addmm_out(dw, dw, t2(dy), x, 0, 1);
@@ -162,9 +173,10 @@ void compose_backward(const Layer& layer, const Tensor& dy, const Tensor& x, Nee
 std::tuple<Tensor, Tensor, Tensor, Tensor> sl_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& A,
                                                               const Tensor& B, const Tensor& values, const Tensor& crow,
                                                               const Tensor& col, double alpha, std::string path,
-                                                              bool need_x, bool need_factors, bool need_values) {
+                                                              std::optional<Tensor> weight, bool need_x,
+                                                              bool need_factors, bool need_values) {
   const char* op = "_sl_linear_backward";
-  const Layer layer = check_layer(op, x, A, B, values, crow, col, alpha, false);
+  const Layer layer = check_layer(op, x, A, B, values, crow, col, alpha, weight, false);
   const Tensor x2 = as_tokens(op, "x", x, layer.s.m), dy2 = as_tokens(op, "dy", dy, layer.s.n);
   check(x2.size(0) == dy2.size(0), op, "dy and x must have the same tokens, got ", show(dy), " and ", show(x));
   const Needs need = {need_x, need_factors, need_values};

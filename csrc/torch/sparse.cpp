@@ -2,21 +2,11 @@
 #include <algorithm>
 #include <memory>
 
+#include "torch/panels.h"
 #include "torch/support.h"
 
 namespace slk {
 namespace {
-
-// A packed panel of x is panel * m * 4 bytes and is read at random: keep it within three quarters of a 1 MiB L2.
-constexpr int64_t kPanelBytes = 768 << 10;
-// Packed tokens that sddmm keeps between its two phases: small enough for a shared L3.
-constexpr int64_t kChunkBytes = 8 << 20;
-
-int panel_width(int64_t tokens, int64_t features) {
-  int panel = tokens <= 16 ? 16 : tokens <= 32 ? 32 : 64;
-  while (panel > 16 && panel * features * 4 > kPanelBytes) panel /= 2;
-  return panel;
-}
 
 // Splits the rows of S into `parts` runs of about equal work (a row costs its nonzeros and its store).
 std::vector<int64_t> split_rows(const Csr& s, int64_t parts) {
@@ -132,20 +122,7 @@ void spmm_cpu_into(const Csr& s, const Tensor& values, const Tensor& x, const Te
   const float* v = values.const_data_ptr<float>();
 
   const int panel = panel_width(tokens, s.m);
-  const int64_t panels = ceil_div(tokens, panel), panel_floats = panel * s.m;
-  if (panels >= 4 * threads) {  // enough panels for every thread: pack and use each in one thread's L2
-    parallel_for(panels, 1, [&](int64_t b, int64_t e) {
-      float* xt = thread_scratch(panel_floats);
-      for (int64_t p = b; p < e; ++p) {
-        kernels.pack_panel(dtype, xm, p * panel, panel, {0, s.m}, xt);
-        kernels.spmm_panel(dtype, s, v, xt, panel, {0, s.n}, ym, p * panel, accumulate);
-      }
-    });
-    return;
-  }
-
-  // Few tokens: pack once, then share out the rows of S.
-  const int64_t parts = s.nnz < 4096 ? 1 : ceil_div(4 * threads, panels);
+  const int64_t parts = s.nnz < 4096 ? 1 : ceil_div(4 * threads, ceil_div(tokens, panel));
   const std::vector<int64_t> bounds = split_rows(s, parts);
   if (tokens == 1) {
     const Tensor x32 = empty_like_shape(x, {s.m}, ScalarType::Float);
@@ -155,17 +132,8 @@ void spmm_cpu_into(const Csr& s, const Tensor& values, const Tensor& x, const Te
     });
     return;
   }
-  const Tensor packed = empty_like_shape(x, {panels * panel_floats}, ScalarType::Float);
-  float* xt = packed.mutable_data_ptr<float>();
-  parallel_for(panels, 1, [&](int64_t b, int64_t e) {
-    for (int64_t p = b; p < e; ++p) kernels.pack_panel(dtype, xm, p * panel, panel, {0, s.m}, xt + p * panel_floats);
-  });
-  parallel_for(panels * parts, 1, [&](int64_t b, int64_t e) {
-    for (int64_t item = b; item < e; ++item) {
-      const int64_t p = item / parts, part = item % parts;
-      kernels.spmm_panel(dtype, s, v, xt + p * panel_floats, panel, {bounds[part], bounds[part + 1]}, ym, p * panel,
-                         accumulate);
-    }
+  for_panels(dtype, x, panel, s.m, parts, [&](const float* xt, int64_t t0, int64_t part) {
+    kernels.spmm_panel(dtype, s, v, xt, panel, {bounds[part], bounds[part + 1]}, ym, t0, accumulate);
   });
 }
 
@@ -189,7 +157,7 @@ Tensor sddmm_cpu(const Csr& s, const Tensor& dy, const Tensor& x) {
   const auto& kernels = cpu::sparse_kernels();
   const DType dtype = dtype_of("sddmm", "x", x);
   const Matrix xm = as_matrix(x), dym = as_matrix(dy);
-  const int64_t tokens = xm.rows, threads = torch::stable::get_num_threads();
+  const int64_t threads = torch::stable::get_num_threads();
   Tensor out = empty_like_shape(x, {s.nnz});
   if (s.nnz == 0) return out;
   const std::vector<int64_t> bounds = split_rows(s, threads);
@@ -200,36 +168,10 @@ Tensor sddmm_cpu(const Csr& s, const Tensor& dy, const Tensor& x) {
     });
     return out;
   }
-  Tensor acc = dtype == DType::f32 ? out : empty_like_shape(x, {s.nnz}, ScalarType::Float);
-  float* dv = acc.mutable_data_ptr<float>();
-  std::fill(dv, dv + s.nnz, 0.f);
-
-  const int panel = panel_width(tokens, s.m);
-  const int64_t panels = ceil_div(tokens, panel);
-  const int64_t chunk = std::max<int64_t>(1, std::min(panels, kChunkBytes / (panel * (s.m + s.n) * 4)));
-  const Tensor packed = empty_like_shape(x, {chunk * panel * (s.m + s.n)}, ScalarType::Float);
-  float* xt = packed.mutable_data_ptr<float>();
-  float* dyt = xt + chunk * panel * s.m;
-  for (int64_t first = 0; first < panels; first += chunk) {
-    const int64_t count = std::min(chunk, panels - first);
-    parallel_for(2 * count, 1, [&](int64_t b, int64_t e) {
-      for (int64_t item = b; item < e; ++item) {
-        const int64_t p = item / 2, t0 = (first + p) * panel;
-        if (item % 2 == 0)
-          kernels.pack_panel(dtype, xm, t0, panel, {0, s.m}, xt + p * panel * s.m);
-        else
-          kernels.pack_panel(dtype, dym, t0, panel, {0, s.n}, dyt + p * panel * s.n);
-      }
-    });
-    // A thread owns rows of S, so that every dv[k] is summed over the panels in one order whatever the thread count.
-    parallel_for(parts, 1, [&](int64_t b, int64_t e) {
-      for (int64_t p = 0; p < count; ++p)
-        kernels.sddmm_panel(s, dyt + p * panel * s.n, xt + p * panel * s.m, panel, {bounds[b], bounds[e]}, dv);
-    });
-  }
-  if (dtype != DType::f32)
-    parallel_for(s.nnz, 1 << 15,
-                 [&](int64_t b, int64_t e) { kernels.from_f32(dtype, dv, out.mutable_data_ptr(), {b, e}); });
+  sum_over_panels(dtype, dy, x, s.n, s.m, out, parts,
+                  [&](const float* dyt, const float* xt, int panel, int64_t part, float* dv) {
+                    kernels.sddmm_panel(s, dyt, xt, panel, {bounds[part], bounds[part + 1]}, dv);
+                  });
   return out;
 }
 

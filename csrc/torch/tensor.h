@@ -28,6 +28,7 @@ namespace slk {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Shape = std::vector<int64_t>;
+using Tensors = std::vector<Tensor>;
 
 // ---- errors -------------------------------------------------------------------------------------------------------
 
@@ -163,6 +164,15 @@ Tensor aten(const char* name, const char* overload, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// One of our own ops: `stack` holds its arguments, and its results after the call. An error keeps its text.
+template <size_t N>
+void call_op(const char* name, std::array<StableIValue, N>& stack) {
+  last_error().clear();
+  const auto error = torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION);
+  if (error != TORCH_SUCCESS && !last_error().empty()) throw std::runtime_error(last_error());
+  TORCH_ERROR_CODE_CHECK(error);
 }
 
 // Grow-only scratch of this thread, 64-byte aligned; its contents last until the next call on the same thread.

@@ -15,8 +15,11 @@ except ImportError as error:
     ) from error
 
 from . import attention, convert, nn, optim, semi24
+from . import attention, convert, nn, optim
+from .block8 import block8_sddmm, block8_spmm, block8_spmm_t
 from .gemm import gemm
 from .lowrank import lowrank_linear
+from .lowrank_shared import lowrank_linear_multi, lowrank_swiglu
 from .optim import adam_q_, adam_q_dir_, ademamix_q_, dequantize_block, momentum_q_, quantize_block
 from .project import (
     project,
@@ -78,6 +81,9 @@ __all__ = [
     "ademamix_q_",
     "apollo_scale_update_",
     "attention",
+    "block8_sddmm",
+    "block8_spmm",
+    "block8_spmm_t",
     "build_info",
     "check24",
     "check_support",
@@ -100,6 +106,8 @@ __all__ = [
     "mask_of24",
     "maskllm24",
     "maskllm_prior",
+    "lowrank_linear_multi",
+    "lowrank_swiglu",
     "momentum_q_",
     "nn",
     "optim",

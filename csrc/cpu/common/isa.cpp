@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "slkernels/attention.h"
+#include "slkernels/block8.h"
 #include "slkernels/lowrank.h"
 #include "slkernels/optim.h"
 #include "slkernels/optim_norm.h"
@@ -118,6 +119,8 @@ std::vector<std::string> compiled_isas() {
 
 SLK_TABLE(AttentionKernels, attention_table, attention_kernels)
 SLK_TABLE(LowRankKernels, lowrank_table, lowrank_kernels)
+SLK_TABLE(SwigluKernels, swiglu_table, swiglu_kernels)
+SLK_TABLE(Block8Kernels, block8_table, block8_kernels)
 SLK_TABLE(SparseKernels, sparse_table, sparse_kernels)
 SLK_TABLE(OptimKernels, optim_table, optim_kernels)
 SLK_TABLE(NormKernels, norm_table, norm_kernels)

@@ -8,6 +8,7 @@ from .lowrank_linear import LowRankLinear
 from .mask_linear24 import MaskLinear24
 from .sl_linear import SLLinear, exclude_indices_from_ddp
 from .track24 import Tracking, track24
+from .weight_cache import cached_weights
 
 __all__ = [
     "BlockSparseAttention",
@@ -19,4 +20,5 @@ __all__ = [
     "Tracking",
     "exclude_indices_from_ddp",
     "track24",
+    "cached_weights",
 ]

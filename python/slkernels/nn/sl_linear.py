@@ -90,6 +90,8 @@ class SLLinear(nn.Module):
         self._indices_checked = True
         self.reset_parameters()
 
+    _cache = None  # a WeightCache within `cached_weights`
+
     @property
     def scale(self) -> float:
         """The factor on B A: alpha / rank."""
@@ -134,6 +136,8 @@ class SLLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., m] in the parameters' dtype -> [..., n]."""
+        if self._cache is not None and not torch.compiler.is_compiling():
+            return self._cache.linear(self, x)
         y = _ops.sl_linear(
             x,
             self.lora_A,

@@ -5,8 +5,10 @@ differentiable by autograd. They are written to be read, not to be fast: S is a 
 """
 
 from . import attention, optim, project, semi24, semi24_mask
+from . import attention, optim, project
+from .block8 import block8_sddmm, block8_spmm, block8_spmm_t, block8_to_dense
 from .gemm import gemm
-from .lowrank import lowrank_linear
+from .lowrank import lowrank_linear, lowrank_linear_multi, lowrank_swiglu
 from .random_support import permute, random_blocks8, random_support, round_keys
 from .semi24_linear import dense24, dw_compress24, kept_columns24, linear24, linear24_dx, linear24_train
 from .sl import sl_linear
@@ -14,6 +16,10 @@ from .sparse import check_support, compose, gather_support, sddmm, spmm, spmm_t,
 
 __all__ = [
     "attention",
+    "block8_sddmm",
+    "block8_spmm",
+    "block8_spmm_t",
+    "block8_to_dense",
     "check_support",
     "compose",
     "dense24",
@@ -25,6 +31,8 @@ __all__ = [
     "linear24_dx",
     "linear24_train",
     "lowrank_linear",
+    "lowrank_linear_multi",
+    "lowrank_swiglu",
     "optim",
     "permute",
     "project",
