@@ -350,6 +350,7 @@ def test_list_names_every_family(capsys):
         listed.update(lines)
     named = {line.split()[0] for line in listed}
     expected = {"attention", "galore", "gemm", "lowrank", "model", "optim", "project", "semi24", "sl", "sparse"}
+    expected = {"attention", "galore", "gemm", "lowrank", "model", "optim", "project", "semi24_linear", "sl", "sparse"}
     assert named == set(families()) == expected
 
 
