@@ -332,7 +332,7 @@ struct InPlace {
   }
 };
 
-// max(x, 0)^2 in the order of the rows of W, rounded to T. NaN stays NaN.
+// max(x, 0)^2 of `count` neighbours, rounded to T. NaN stays NaN.
 template <class T>
 SLK_INLINE void relu2(const T* x, int count, T* out) {
   for (int i = 0; i < count; i += kLanes) {
@@ -353,7 +353,11 @@ struct Relu2 {
 
   template <Prune24 kBy>
   SLK_INLINE void pack(int64_t i, int64_t j, int height, int width, Block<T>& block) {
-    for (int r = 0; r < height; ++r) relu2(x + (i + r) * m + j, width, squares + r * kSide);
+    for (int r = 0; r < height; ++r) {
+      const T* row = x + (i + r) * m + j;
+      prefetch(row + kSide, kSide * sizeof(T));
+      relu2(row, width, squares + r * kSide);
+    }
     pack_any<T, kBy>(squares, squares, kSide, height, width, block);
   }
 };
