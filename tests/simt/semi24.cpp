@@ -224,7 +224,8 @@ Matrix24<T> random_matrix(int64_t n, int64_t m, int seed, bool ties) {
   Matrix24<T> w = {n, m, draw<T>(n * m, seed)};
   for (size_t i = 0; i < w.at.size(); ++i) {
     if (ties) w.at[i] = rounded(std::nearbyint(number(w.at[i])), false, 0, T());
-    if (i % 97 == 13) w.at[i] = rounded(i % 2 ? NAN : -INFINITY, false, 0, T());
+    if ((uint32_t(i) * 2654435761u >> 16) % (ties ? 5 : 97) == 3)
+      w.at[i] = rounded(i % 2 ? NAN : -INFINITY, false, 0, T());
   }
   return w;
 }
