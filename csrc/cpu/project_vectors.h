@@ -36,12 +36,6 @@ SLK_INLINE void write(T* p, V v, int count) {
   store_n(p, v, count);
 }
 
-SLK_INLINE VU lane_numbers() {
-  VU v;
-  for (int i = 0; i < kLanes; ++i) v[i] = uint32_t(i);
-  return v;
-}
-
 // ---- random bits for stochastic rounding ----------------------------------------------------------------------------
 
 // Room for the bits of n elements, and for what a vector of draws makes beyond them on both sides.
@@ -54,11 +48,9 @@ inline const uint16_t* random_halves(const StochasticRounding& bits, int64_t fir
   constexpr int kPerDraw = RoundingBits::kElements;
   const int64_t group = first / kPerDraw, groups = ceil_div(first + n, kPerDraw) - group;
   for (int64_t g = 0; g < groups; g += kLanes) {
-    const uint64_t base = uint64_t(group + g);
-    const VU low = VectorWords::word(uint32_t(base)) + lane_numbers();
-    const VU carry = (VU)(low < VectorWords::word(uint32_t(base)));  // all ones where the low word wrapped
-    VU c[4] = {low, VectorWords::word(uint32_t(base >> 32)) - carry, VectorWords::word(0),
-               VectorWords::word(bits.step)};
+    VU low, high;
+    counters(uint64_t(group + g), low, high);
+    VU c[4] = {low, high, VectorWords::word(0), VectorWords::word(bits.step)};
     philox_draw<VectorWords>(c, bits.seed);
     uint32_t words[4][kLanes], *out = reinterpret_cast<uint32_t*>(room + g * kPerDraw);
     std::memcpy(words, c, sizeof words);

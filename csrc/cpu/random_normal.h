@@ -36,4 +36,16 @@ struct VectorWords {
   }
 };
 
+SLK_INLINE VU lane_numbers() {
+  VU v;
+  for (int i = 0; i < kLanes; ++i) v[i] = uint32_t(i);
+  return v;
+}
+// The low and high words of first, first + 1, ..., one a lane.
+SLK_INLINE void counters(uint64_t first, VU& low, VU& high) {
+  const VU base = VectorWords::word(uint32_t(first));
+  low = base + lane_numbers();
+  high = VectorWords::word(uint32_t(first >> 32)) - (VU)(low < base);  // all ones where the low word wrapped
+}
+
 }  // namespace slk::cpu::SLK_ISA

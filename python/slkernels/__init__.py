@@ -29,6 +29,7 @@ from .project import (
     randomized_range,
 )
 from .project_quant import dequantize_group, grad_carrier, project_back_add_q_, quantize_group, w8a16_linear
+from .semi24 import gate_to_mask, maskllm24, maskllm_prior, srste_grad_
 from .sl import sl_linear
 from .sparse import (
     check_support,
@@ -64,10 +65,13 @@ __all__ = [
     "convert",
     "dequantize_block",
     "dequantize_group",
+    "gate_to_mask",
     "gather_support",
     "gemm",
     "grad_carrier",
     "lowrank_linear",
+    "maskllm24",
+    "maskllm_prior",
     "momentum_q_",
     "nn",
     "optim",
@@ -87,5 +91,6 @@ __all__ = [
     "sl_linear",
     "spmm",
     "spmm_t",
+    "srste_grad_",
     "w8a16_linear",
 ]

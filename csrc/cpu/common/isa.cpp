@@ -10,6 +10,7 @@
 #include "slkernels/optim_norm.h"
 #include "slkernels/project.h"
 #include "slkernels/project_quant.h"
+#include "slkernels/semi24_mask.h"
 #include "slkernels/sparse.h"
 
 namespace slk::cpu {
@@ -120,5 +121,6 @@ SLK_TABLE(OptimKernels, optim_table, optim_kernels)
 SLK_TABLE(NormKernels, norm_table, norm_kernels)
 SLK_TABLE(ProjectKernels, project_table, project_kernels)
 SLK_TABLE(QuantKernels, quant_table, quant_kernels)
+SLK_TABLE(MaskKernels, mask_table, mask_kernels)
 
 }  // namespace slk::cpu

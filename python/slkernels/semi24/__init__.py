@@ -2,3 +2,7 @@
 
 Formats and layouts: include/slkernels/semi24.h.
 """
+
+from ._mask import gate_to_mask, maskllm24, maskllm_prior, srste_grad_
+
+__all__ = ["gate_to_mask", "maskllm24", "maskllm_prior", "srste_grad_"]
