@@ -568,7 +568,6 @@ def test_noise_is_a_function_of_seed_and_step():
     module, other = mask_layer(), mask_layer()
     first = module.soft_weight()
     assert torch.equal(first, module.soft_weight()) and torch.equal(first, other.soft_weight())
-    module.kappa.requires_grad_(False)
     kappa, tau = module.kappa.clone(), module.tau.clone()
     module.after_step()
     module.kappa.copy_(kappa)
@@ -593,7 +592,6 @@ def test_only_the_gate_gets_a_gradient_and_checkpointing_the_same_one():
 
 def test_the_gates_gradient_is_that_of_the_masked_weight():
     module = mask_layer(4, 8).double()
-    module.gate.data = module.gate.data.double()
     x = torch.randn(3, 8, dtype=torch.float64)
     loss = lambda: module(x).square().sum()  # noqa: E731
     (got,) = torch.autograd.grad(loss(), module.gate)
@@ -663,6 +661,8 @@ def test_gates_keep_their_dtype_when_the_module_moves():
         assert y.dtype == torch.bfloat16
     assert module.gate.grad.dtype == torch.float32
     assert mask_layer(gate_dtype=torch.bfloat16).gate.dtype == torch.bfloat16
+    assert module.double().gate.dtype == torch.float64 and module.gate.grad.dtype == torch.float64
+    assert module.float().gate.dtype == torch.float32
 
 
 def test_mask_layers_compile_and_go_on_without_a_new_graph():

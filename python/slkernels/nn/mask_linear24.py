@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..semi24 import maskllm_prior
 from .linear24 import CODES, Linear24
 from .sl_linear import dense_linear, draw_seed
 
@@ -27,7 +28,8 @@ class MaskLinear24(nn.Module):
         kappa, tau: (first, last) value; MaskLLM's are the defaults.
         seed: of the gate and of the noise; None draws one from torch's default CPU generator.
         gate_std: of the normal gates at the start (0.01), before :meth:`set_prior`.
-        gate_dtype: float32 (default) or bfloat16; stays when the module is moved to another dtype.
+        gate_dtype: float32 (default) or bfloat16; stays when the module is moved to another dtype, but that a float64
+            weight has float64 gates.
         device, dtype: of weight and bias.
 
     State dict: ``weight`` [n, m], ``bias`` [n], ``gate`` [n, ceil(m / 4), 6], and the scalars ``kappa``, ``tau``
@@ -64,6 +66,8 @@ class MaskLinear24(nn.Module):
         self.gate_std, self._first_seed = gate_std, draw_seed() if seed is None else seed
         self.weight = nn.Parameter(torch.empty(n, m, device=device, dtype=dtype), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(n, device=device, dtype=dtype), requires_grad=False) if bias else None
+        self._gate_dtype = gate_dtype
+        gate_dtype = torch.float64 if self.weight.dtype == torch.float64 else gate_dtype
         self.gate = nn.Parameter(torch.empty(n, -(-m // 4), len(CODES), device=device, dtype=gate_dtype))
         for name in ("kappa", "tau", "step", "seed"):
             scalar = torch.empty((), device=device, dtype=torch.float32 if name in self.schedules else torch.int64)
@@ -118,12 +122,7 @@ class MaskLinear24(nn.Module):
         n, m = self.out_features, self.in_features
         if mask.shape != (n, m):
             raise ValueError(f"mask must be [{n}, {m}], got {list(mask.shape)}")
-        mask = F.pad(mask.to(self.gate.device, torch.float32), (0, -m % 4)).view(n, -1, 4)
-        patterns = torch.zeros(len(CODES), 4, device=self.gate.device)
-        for row, code in enumerate(CODES):
-            patterns[row, [code & 3, code >> 2]] = 1
-        shared = mask @ patterns.t()
-        self.gate += ((shared - 1) * (self.gate.float().std() * strength)).to(self.gate.dtype)
+        self.gate.copy_(maskllm_prior(self.gate, mask.to(self.gate.device), strength))
 
     def extra_repr(self) -> str:
         schedules = ", ".join(f"{name}={first:g}..{last:g}" for name, (first, last) in self.schedules.items())
@@ -188,10 +187,11 @@ class MaskLinear24(nn.Module):
         own = {name: getattr(self, name).detach() for name in ("gate", "kappa", "tau")}
         grad = self.gate.grad
         super()._apply(fn, recurse)
+        gate_dtype = torch.float64 if self.weight.dtype == torch.float64 else self._gate_dtype
         for name, old in own.items():
-            new = getattr(self, name)
-            if new.dtype != old.dtype:
-                new.data = torch.empty_like(new, dtype=old.dtype) if old.is_meta else old.to(new.device)
-        if grad is not None and self.gate.grad is not None and self.gate.grad.dtype != self.gate.dtype:
-            self.gate.grad = grad.to(self.gate.device)
+            new, dtype = getattr(self, name), gate_dtype if name == "gate" else torch.float32
+            if new.dtype != dtype:
+                new.data = torch.empty_like(new, dtype=dtype) if old.is_meta else old.to(new.device, dtype)
+        if grad is not None and self.gate.grad.dtype != gate_dtype:
+            self.gate.grad = grad.to(self.gate.device, gate_dtype)
         return self
