@@ -79,7 +79,9 @@ class OpCase:
 
 
 def is_float(a) -> bool:
-    return isinstance(a, Tensor) and a.is_floating_point()
+    """Whether an argument is data. A tensor without dimensions is a scalar on the device: it keeps its dtype, and gets
+    no gradient."""
+    return isinstance(a, Tensor) and a.is_floating_point() and a.dim() > 0
 
 
 def map_floats(f: Callable[[Tensor], Tensor], args: tuple) -> tuple:
