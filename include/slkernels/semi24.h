@@ -25,6 +25,7 @@
 namespace slk {
 
 enum class Layout24 : int { plain, sm80, sm90 };
+enum class Prune24 : int { rows, transposable };
 
 // Dense columns of the sm_90a GEMM's tile along K. The metadata's order depends on it: compressor and GEMM share it.
 constexpr int64_t kSm90TileK = 128;

@@ -14,7 +14,7 @@ except ImportError as error:
         "If it was installed as a wheel, the wheel must match this Python, and torch must be >= 2.10."
     ) from error
 
-from . import attention, convert, nn, optim
+from . import attention, convert, nn, optim, semi24
 from .gemm import gemm
 from .lowrank import lowrank_linear
 from .optim import adam_q_, adam_q_dir_, ademamix_q_, dequantize_block, momentum_q_, quantize_block
@@ -29,7 +29,21 @@ from .project import (
     randomized_range,
 )
 from .project_quant import dequantize_group, grad_carrier, project_back_add_q_, quantize_group, w8a16_linear
-from .semi24 import gate_to_mask, maskllm24, maskllm_prior, srste_grad_
+from .semi24 import (
+    check24,
+    compress24,
+    convert24,
+    decompress24,
+    gate_to_mask,
+    mask_of24,
+    maskllm24,
+    maskllm_prior,
+    prune24,
+    prune_compress24,
+    repack24_perm,
+    repack24_t_,
+    srste_grad_,
+)
 from .sl import sl_linear
 from .sparse import (
     check_support,
@@ -60,9 +74,13 @@ __all__ = [
     "apollo_scale_update_",
     "attention",
     "build_info",
+    "check24",
     "check_support",
     "compose",
+    "compress24",
     "convert",
+    "convert24",
+    "decompress24",
     "dequantize_block",
     "dequantize_group",
     "gate_to_mask",
@@ -70,6 +88,7 @@ __all__ = [
     "gemm",
     "grad_carrier",
     "lowrank_linear",
+    "mask_of24",
     "maskllm24",
     "maskllm_prior",
     "momentum_q_",
@@ -79,6 +98,8 @@ __all__ = [
     "project_back",
     "project_back_add_",
     "project_back_add_q_",
+    "prune24",
+    "prune_compress24",
     "quantize_block",
     "quantize_group",
     "rand_matrix",
@@ -87,7 +108,10 @@ __all__ = [
     "random_blocks8",
     "random_support",
     "randomized_range",
+    "repack24_perm",
+    "repack24_t_",
     "sddmm",
+    "semi24",
     "sl_linear",
     "spmm",
     "spmm_t",

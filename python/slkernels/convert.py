@@ -343,7 +343,7 @@ def maskllm(
 
     def make(name: str, linear: nn.Linear) -> MaskLinear24:
         norm = norms(linear)
-        mask = None if norm is None else _ops.prune24(linear.weight.detach(), "row", wanda_score(linear.weight, norm))
+        mask = None if norm is None else _ops.prune24(wanda_score(linear.weight, norm), "row", None)
         options = {"steps": steps, "kappa": kappa, "tau": tau, "gate_dtype": gate_dtype}
         return MaskLinear24.from_linear(linear, mask=mask, strength=strength, seed=module_seed(seed, name), **options)
 

@@ -13,7 +13,6 @@ from .sl_linear import dense_linear
 _ops = torch.ops.slkernels
 
 MODES = ("dynamic", "static", "slope", "inference")
-CODES = (0x4, 0x8, 0xC, 0x9, 0xD, 0xE)  # of a group, in include/slkernels/semi24.h's order
 
 
 def kernel_layout(device: torch.device, dtype: torch.dtype) -> str:
@@ -123,7 +122,7 @@ class Linear24(nn.Module):
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
             nn.init.zeros_(self.lora_B)
         self._age = 0
-        self._set_mask(weight, _ops.prune24(weight, self.by, None))
+        self._set_mask(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., m] in the parameters' dtype -> [..., n]."""
@@ -219,8 +218,7 @@ class Linear24(nn.Module):
             ValueError: a mode whose mask stays.
         """
         if self.mode == "dynamic":
-            score = None if self.input_norm is None else wanda_score(self.weight, self.input_norm)
-            self._set_mask(self.weight, _ops.prune24(self.weight, self.by, score))
+            self._set_mask(self.weight, None, self.input_norm)
         elif self.mode == "slope":
             self._prune_transpose()
         else:
@@ -253,9 +251,13 @@ class Linear24(nn.Module):
         self._packs = tuple(self._pack()) if on and self.mode != "inference" else None
 
     @torch.no_grad()
-    def _set_mask(self, weight: Tensor, mask: Tensor) -> None:
-        """Take ``mask`` [n, m], and outside the dense modes the values of ``weight`` under it."""
-        values, meta = _ops.compress24(weight.detach(), mask)
+    def _set_mask(self, weight: Tensor, mask: Tensor | None = None, input_norm: Tensor | None = None) -> None:
+        """Take ``mask`` [n, m], else the one by Wanda's score, else by magnitude; outside the dense modes the values of
+        ``weight`` under it too."""
+        given = mask is not None
+        if not given:
+            mask = _ops.prune24(weight if input_norm is None else wanda_score(weight, input_norm), self.by, None)
+        values, meta = _ops.compress24(weight, mask, "plain", given)
         self.meta.copy_(meta)
         if not self._dense:
             self.values.copy_(values)
@@ -315,10 +317,7 @@ class Linear24(nn.Module):
             module.weight.copy_(weight)
         if weight.is_meta:
             return module
-        if mask is None:
-            score = None if input_norm is None else wanda_score(weight, input_norm.to(weight.device))
-            mask = _ops.prune24(weight.detach(), module.by, score)
-        module._set_mask(weight, mask)
+        module._set_mask(weight, mask, None if input_norm is None else input_norm.to(weight.device))
         return module
 
     @torch.no_grad()
@@ -332,7 +331,7 @@ class Linear24(nn.Module):
         sizes = (self.in_features, self.out_features)
         module = Linear24(*sizes, self.bias is not None, "inference", device="meta").train(self.training)
         if self._dense:
-            values, meta = _ops.compress24(self.weight.detach(), self.mask)
+            values, meta = _ops.compress24(self.weight.detach(), self.mask, "plain", False)
         else:
             values, meta = _ops.convert24(self.values.detach(), self.meta, *sizes[::-1], self.layout, "plain")
         module.layout = kernel_layout(values.device, values.dtype) if layout is None else layout
@@ -375,16 +374,18 @@ class Linear24(nn.Module):
             destination[prefix + "values"], destination[prefix + "meta"] = plain
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
-        keys = [prefix + name for name in ("meta", "meta_t") if prefix + name in state_dict]
+        n, m = self.out_features, self.in_features
         try:
-            for key in keys:
-                check_meta(key.removeprefix(prefix), state_dict[key])
-        except ValueError as error:
-            errors.append(f"{prefix.removesuffix('.') or 'Linear24'}: {error}")
+            for name, sizes in (("meta", (n, m)), ("meta_t", (m, n))):
+                meta = state_dict.get(prefix + name)
+                if meta is not None and not meta.is_meta:
+                    _ops.check24(meta, *sizes, "plain")
+        except RuntimeError as error:
+            errors.append(f"{prefix.removesuffix('.') or 'Linear24'}: {name}: {error}")
             return
-        if self.layout != "plain" and keys and prefix + "values" in state_dict:
+        if self.layout != "plain" and prefix + "meta" in state_dict and prefix + "values" in state_dict:
             plain = [state_dict[prefix + name].to(self.values.device) for name in ("values", "meta")]
-            packed = _ops.convert24(*plain, self.out_features, self.in_features, "plain", self.layout)
+            packed = _ops.convert24(*plain, n, m, "plain", self.layout)
             state_dict[prefix + "values"], state_dict[prefix + "meta"] = packed
         if self.mode == "dynamic" and prefix + "input_norm" in state_dict and self.input_norm is None:
             self.input_norm = torch.empty_like(state_dict[prefix + "input_norm"], device=self.meta.device)
@@ -394,18 +395,3 @@ class Linear24(nn.Module):
             self._age = int(state_dict[prefix + "age"])
         if len(errors) == faults and not self.meta.is_meta:
             self._derive()
-
-
-def check_meta(name: str, meta: Tensor) -> None:
-    """ValueError with the first group whose code is none of the six; ``meta`` is plain, uint8 [rows, bytes]."""
-    if meta.dtype != torch.uint8 or meta.dim() != 2:
-        raise ValueError(f"{name} must be uint8 [rows, bytes], got {meta.dtype} {list(meta.shape)}")
-    if meta.is_meta or not meta.numel():
-        return
-    valid = torch.zeros(16, dtype=torch.bool, device=meta.device)
-    valid[list(CODES)] = True
-    good = torch.stack((valid[(meta & 15).long()], valid[(meta >> 4).long()]), -1).flatten(1)
-    if not good.all():
-        row, group = (~good).nonzero()[0].tolist()
-        code = int(meta[row, group // 2]) >> 4 * (group % 2) & 15
-        raise ValueError(f"{name}: group {group} of row {row} has code {code:#x}, which keeps no two of four")

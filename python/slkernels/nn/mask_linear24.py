@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..semi24 import maskllm_prior
-from .linear24 import CODES, Linear24
+from .linear24 import Linear24
 from .sl_linear import dense_linear, draw_seed
 
 _ops = torch.ops.slkernels
@@ -68,7 +68,7 @@ class MaskLinear24(nn.Module):
         self.bias = nn.Parameter(torch.empty(n, device=device, dtype=dtype), requires_grad=False) if bias else None
         self._gate_dtype = gate_dtype
         gate_dtype = torch.float64 if self.weight.dtype == torch.float64 else gate_dtype
-        self.gate = nn.Parameter(torch.empty(n, -(-m // 4), len(CODES), device=device, dtype=gate_dtype))
+        self.gate = nn.Parameter(torch.empty(n, -(-m // 4), 6, device=device, dtype=gate_dtype))
         for name in ("kappa", "tau", "step", "seed"):
             scalar = torch.empty((), device=device, dtype=torch.float32 if name in self.schedules else torch.int64)
             self.register_buffer(name, scalar)

@@ -4,6 +4,33 @@ Formats and layouts: include/slkernels/semi24.h.
 """
 
 from ._mask import gate_to_mask, maskllm24, maskllm_prior, srste_grad_
+from ._pack import (
+    check24,
+    compress24,
+    convert24,
+    decompress24,
+    mask_of24,
+    prune24,
+    prune_compress24,
+    repack24_perm,
+    repack24_t_,
+)
 from .scores import input_norms, wanda_score
 
-__all__ = ["gate_to_mask", "input_norms", "maskllm24", "maskllm_prior", "srste_grad_", "wanda_score"]
+__all__ = [
+    "check24",
+    "compress24",
+    "convert24",
+    "decompress24",
+    "gate_to_mask",
+    "input_norms",
+    "mask_of24",
+    "maskllm24",
+    "maskllm_prior",
+    "prune24",
+    "prune_compress24",
+    "repack24_perm",
+    "repack24_t_",
+    "srste_grad_",
+    "wanda_score",
+]

@@ -17,7 +17,7 @@ def wanda_score(W: Tensor, input_norm: Tensor) -> Tensor:
         W: [n, m]. input_norm: [m], any floating dtype; a common factor changes nothing.
 
     Returns:
-        [n, m] float32 (float64 for a float64 W): ``score`` of :func:`slkernels.prune24`.
+        [n, m] float32 (float64 for a float64 W), for :func:`slkernels.prune24` in W's place.
 
     Raises:
         ValueError: input_norm is not [m].
