@@ -222,6 +222,41 @@ SLK_INLINE V gather(const float* p, const int16_t* index) {
 #endif
 }
 
+// 2:4 groups: kLanes kept elements are two each of kLanes / 2 groups of four columns. kept_lanes reads their 2-bit
+// positions from kLanes / 4 bytes and returns each lane's column among the 2 kLanes of (low, high); pick_kept fetches
+// it.
+SLK_INLINE VI kept_lanes(const uint8_t* codes) {
+#if defined(__AVX512F__)
+  int32_t word;
+  std::memcpy(&word, codes, 4);
+  const __m512i shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i groups = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+  return ((VI)_mm512_srlv_epi32(_mm512_set1_epi32(word), shifts) & 3) | (VI)groups;
+#elif defined(__AVX2__)
+  uint16_t word;
+  std::memcpy(&word, codes, 2);
+  const __m256i shifts = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
+  const __m256i groups = _mm256_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12);
+  return ((VI)_mm256_srlv_epi32(_mm256_set1_epi32(word), shifts) & 3) | (VI)groups;
+#else
+  VI v;
+  for (int i = 0; i < kLanes; ++i) v[i] = 4 * (i / 2) + (codes[i / 4] >> 2 * (i % 4) & 3);
+  return v;
+#endif
+}
+SLK_INLINE V pick_kept(V low, V high, VI lanes) {
+#if defined(__AVX512F__)
+  return (V)_mm512_permutex2var_ps((__m512)low, (__m512i)lanes, (__m512)high);
+#elif defined(__AVX2__)
+  const __m256 a = _mm256_permutevar8x32_ps((__m256)low, (__m256i)lanes);
+  return (V)_mm256_blend_ps(a, _mm256_permutevar8x32_ps((__m256)high, (__m256i)lanes), 0xf0);
+#else
+  V v;
+  for (int i = 0; i < kLanes; ++i) v[i] = i < kLanes / 2 ? low[lanes[i]] : high[lanes[i] - kLanes];
+  return v;
+#endif
+}
+
 // In-register transpose of a kLanes x kLanes tile: r[i][j] <-> r[j][i].
 SLK_INLINE void transpose(V (&r)[kLanes]) {
 #if defined(__AVX512F__)

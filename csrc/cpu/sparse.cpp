@@ -5,6 +5,7 @@
 // 4 P bytes a nonzero.
 #include "slkernels/sparse.h"
 
+#include "cpu/panel.h"
 #include "cpu/simd.h"
 #include "cpu/types.h"
 
@@ -18,33 +19,6 @@ void with_col(const Csr& s, F f) {
   else
     f(static_cast<const int32_t*>(s.col));
 }
-// ---- pack ---------------------------------------------------------------------------------------------------------
-
-// kLanes tokens at a time along their features: as many read streams as a hardware prefetcher can follow.
-template <class T>
-void pack_panel_t(const Matrix& x, int64_t t0, int panel, Range cols, float* xt) {
-  const int tokens = int(x.rows - t0 < panel ? x.rows - t0 : panel);
-  for (int t = 0; t < panel; t += kLanes) {
-    const T* base = static_cast<const T*>(x.data) + (t0 + t) * x.ld;
-    const int depth = tokens - t < kLanes ? tokens - t : kLanes;
-    for (int64_t j = cols.begin; j < cols.end; j += kLanes) {
-      const int width = int(cols.end - j < kLanes ? cols.end - j : kLanes);
-      V tile[kLanes];
-      if (width == kLanes && depth == kLanes) {
-        for (int i = 0; i < kLanes; ++i) tile[i] = load(base + i * x.ld + j);
-      } else {
-        for (int i = 0; i < kLanes; ++i) tile[i] = i < depth ? load_n(base + i * x.ld + j, width) : zero();
-      }
-      transpose(tile);
-      if (width == kLanes) {
-        for (int i = 0; i < kLanes; ++i) store(xt + (j + i) * panel + t, tile[i]);
-      } else {
-        for (int i = 0; i < width; ++i) store(xt + (j + i) * panel + t, tile[i]);
-      }
-    }
-  }
-}
-
 void pack_panel(DType dtype, const Matrix& x, int64_t t0, int panel, Range cols, float* xt) {
   with_float_type(dtype, [&](auto* type) { pack_panel_t<Element<decltype(type)>>(x, t0, panel, cols, xt); });
 }

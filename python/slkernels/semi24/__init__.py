@@ -34,3 +34,6 @@ __all__ = [
     "srste_grad_",
     "wanda_score",
 ]
+from ._linear import dw_compress24, linear24
+
+__all__ = ["dw_compress24", "linear24"]
