@@ -10,11 +10,8 @@
 #include "slkernels/optim_norm.h"
 #include "slkernels/project.h"
 #include "slkernels/project_quant.h"
-<<<<<<< HEAD
 #include "slkernels/semi24_mask.h"
-=======
 #include "slkernels/semi24_linear.h"
->>>>>>> semi24-linear
 #include "slkernels/sparse.h"
 
 namespace slk::cpu {
@@ -125,10 +122,7 @@ SLK_TABLE(OptimKernels, optim_table, optim_kernels)
 SLK_TABLE(NormKernels, norm_table, norm_kernels)
 SLK_TABLE(ProjectKernels, project_table, project_kernels)
 SLK_TABLE(QuantKernels, quant_table, quant_kernels)
-<<<<<<< HEAD
 SLK_TABLE(MaskKernels, mask_table, mask_kernels)
-=======
 SLK_TABLE(Semi24LinearKernels, semi24_linear_table, semi24_linear_kernels)
->>>>>>> semi24-linear
 
 }  // namespace slk::cpu
