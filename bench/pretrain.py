@@ -72,9 +72,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--refresh", type=int, help="semi24: steps between masks; default: 40, or an eighth of all if less")
     p.add_argument("--decay", type=float, default=d.decay, help="semi24: SR-STE's (default: %(default)s)")
     p.add_argument("--adapter", type=float, default=d.adapter, help="slope: part of the steps (default: %(default)s)")
-    p.add_argument(
-        "--start", help="weights of a dense run; maskllm: default dense/model.pt under --out"
-    )
+    p.add_argument("--start", help="weights of a dense run; maskllm: default dense/model.pt under --out")
     p.add_argument("--lr", type=float, help="peak; default: 3e-3 for sltrain, 1e-2 for galore to fira, else 1e-3")
     length = p.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="default: the config's")
@@ -232,9 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     methods = methods_of(args)
     if args.seconds and "maskllm" in methods:
-        parser().error(
-            "maskllm takes --steps, not --seconds: nothing can be timed before its dense model is trained"
-        )
+        parser().error("maskllm takes --steps, not --seconds: nothing can be timed before its dense model is trained")
     if args.seconds:
         if args.resume:
             parser().error("--resume needs the --steps that the run before it printed, not --seconds")

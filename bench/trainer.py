@@ -74,6 +74,8 @@ class Settings:
         filled["gap"] = self.gap or min(200, max(1, filled["steps"] // 8))
         filled["refresh"] = self.refresh or min(40, max(1, filled["steps"] // 8))
         filled["per_layer"] = self.per_layer and filled["optimizer"] != "adamw"
+        if self.method == "slope" and filled["per_layer"]:
+            raise ValueError("method slope adds parameters to its optimizer, which a per-layer optimizer does not take")
         if self.method == "maskllm" and self.start is None:
             raise ValueError("method maskllm learns masks of trained weights: it needs start, a dense run's model.pt")
         filled["threads"] = self.threads or torch.get_num_threads()

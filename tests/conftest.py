@@ -102,6 +102,15 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For a file whose models are too small for more; on a busy machine threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def poison_memory():
     """A function after whose call torch.empty, new_empty and the like, from C++ too, return NaN (integers: their

@@ -12,6 +12,8 @@ from torch import nn
 
 _ops = torch.ops.slkernels
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUIET = {"verbose": False, "return_report": True}
 TRAINED = ("dynamic", "static", "slope")
 

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 _ops = torch.ops.slkernels
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N, M = 24, 40
 RAGGED = (13, 27)  # no multiples of four
 TRAINED = ("dynamic", "static", "slope")

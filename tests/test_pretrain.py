@@ -23,16 +23,9 @@ from slkernels.bench.trainer import (
     build_optimizer,
     learning_rate,
 )
-from slkernels.nn import SLLinear
+from slkernels.nn import Linear24, MaskLinear24, SLLinear
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The models are too small for more, and a busy machine makes threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -147,12 +140,24 @@ RUNS = {
     "galore": {"method": "galore", "gap": 2},
     "qgalore-bf16": {"method": "qgalore", "gap": 2, "dtype": "bfloat16"},
     "apollo-per-layer": {"method": "apollo", "gap": 2, "per_layer": True, "accumulate": 2},
+    "semi24": {"method": "semi24", "refresh": 2, "decay": 1e-3, "accumulate": 2},
+    "semi24-per-layer": {"method": "semi24", "refresh": 2, "optimizer": "adamw8bit", "per_layer": True},
+    "slope": {"method": "slope", "adapter": 0.67},  # the checkpoint at step 3 has adapters
+    "maskllm": {"method": "maskllm"},
 }
+
+
+def dense_weights(folder):
+    """A file of a dense model's weights, not trained."""
+    path = folder / "dense.pt"
+    torch.save(build_model(Settings(method="dense").resolved()).state_dict(), path)
+    return str(path)
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_an_interrupt_changes_no_bit(name, corpus, tmp_path):
-    settings = Settings(**(SMALL | RUNS[name])).resolved()
+    start = {"start": dense_weights(tmp_path)} if name == "maskllm" else {}
+    settings = Settings(**(SMALL | RUNS[name] | start)).resolved()
     straight = Run(settings, corpus, tmp_path / "straight")
     assert straight.train() and not straight.checkpoint.exists()
 
@@ -187,7 +192,7 @@ def test_a_checkpoint_of_other_settings_does_not_continue(corpus, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method", ["dense", "lowrank", "sltrain", "galore", "qgalore", "apollo", "apollo-mini", "fira"]
+    "method", ["dense", "lowrank", "sltrain", "galore", "qgalore", "apollo", "apollo-mini", "fira", "semi24", "slope"]
 )
 def test_the_validation_loss_falls(method, corpus, tmp_path):
     run = Run(Settings(**(SMALL | {"method": method, "steps": 12})).resolved(), corpus, tmp_path)
@@ -195,6 +200,31 @@ def test_the_validation_loss_falls(method, corpus, tmp_path):
     losses = [v["loss"] for v in run.validation]
     assert losses[0] == pytest.approx(5.5, abs=0.6) and losses[-1] < losses[0] - 1.5
     assert len(run.losses) == 12 and run.tokens_per_second() > 0
+
+
+def test_maskllm_learns_gates_of_trained_weights_and_nothing_else(corpus, tmp_path):
+    first = Run(Settings(**(SMALL | {"method": "dense", "steps": 12})).resolved(), corpus, tmp_path)
+    first.train()
+    torch.save(first.model.state_dict(), tmp_path / "model.pt")
+    options = SMALL | {"method": "maskllm", "steps": 12, "start": str(tmp_path / "model.pt"), "lr": 1e-2}
+    run = Run(Settings(**options).resolved(), corpus, tmp_path)
+    assert run.validation == [] and sum(m.gate.numel() for m in mask_layers(run)) == 6 * 4 * (4 * 256 + 3 * 688) * 64
+    masks = [m.mask for m in mask_layers(run)]
+    run.train()
+    dense = first.model.state_dict()
+    for name, tensor in run.model.state_dict().items():
+        if name in dense:
+            assert torch.equal(tensor, dense[name]), name
+    assert not all(torch.equal(m.mask, mask) for m, mask in zip(mask_layers(run), masks, strict=True))
+    losses = [v["loss"] for v in run.validation]
+    assert losses[0] > first.validation[-1]["loss"]  # half of the weights are gone
+    assert losses[-1] < losses[0]
+    with pytest.raises(ValueError, match="maskllm learns masks of trained weights: it needs start"):
+        Settings(method="maskllm").resolved()
+
+
+def mask_layers(run):
+    return [m for m in run.model.modules() if isinstance(m, MaskLinear24)]
 
 
 def test_bytes_are_those_of_the_tensors(corpus, tmp_path):
@@ -213,6 +243,17 @@ def test_bytes_are_those_of_the_tensors(corpus, tmp_path):
     assert 2 * b["parameters"] < b["optimizer_bytes"] < 2.5 * b["parameters"]
     assert b["gradient_bytes"] == b["parameter_bytes"]
     assert a["peak_bytes"] > a["parameter_bytes"]
+
+
+def test_slopes_adapters_come_at_the_end(corpus, tmp_path):
+    run = Run(Settings(**(SMALL | {"method": "slope", "adapter": 0.3})).resolved(), corpus, tmp_path)
+    layers = [m for m in run.model.modules() if isinstance(m, Linear24)]
+    assert len(layers) == 28
+    seen = []
+    run.train(lambda run: seen.append(sum(layer.lora_A is not None for layer in layers)))
+    assert seen == [0, 0, 0, 0, 28, 28] and all(layer.lora_B.any() for layer in layers)
+    with pytest.raises(ValueError, match="slope adds parameters to its optimizer"):
+        Settings(method="slope", optimizer="adamw8bit", per_layer=True).resolved()
 
 
 def test_per_layer_frees_gradients_as_it_goes(corpus):
@@ -265,6 +306,19 @@ def test_ctrl_c_and_resume_of_a_comparison(tmp_path):
     assert (tmp_path / "pretrain.png").read_bytes().startswith(b"\x89PNG")
     assert all((tmp_path / run / "model.pt").exists() for run in ("dense", "lowrank", "sltrain"))
     assert "SLTrain" in done.stdout and "pretrain.json" in done.stdout
+
+
+def test_a_comparison_with_maskllm_trains_its_dense_model_first(tmp_path):
+    options = ["--steps", "2", "--batch", "1", "--seq", "16", "--threads", "1", "--quiet", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "slkernels.bench.pretrain", *options, "--method", "slope", "maskllm"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "pretrain.json").read_text())
+    assert [run["settings"]["method"] for run in report["runs"]] == ["dense", "slope", "maskllm"]
+    assert report["runs"][2]["settings"]["start"] == str(tmp_path / "dense" / "model.pt")
+    assert "MaskLLM" in done.stdout and "SLoPe" in done.stdout
+    failed = subprocess.run([*command, "--seconds", "5"], capture_output=True, text=True, timeout=300)
+    assert failed.returncode == 2
 
 
 # ---- supports -------------------------------------------------------------------------------------------------------
