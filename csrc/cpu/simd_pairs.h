@@ -130,6 +130,23 @@ SLK_INLINE void store_words(uint8_t* p, VI v) {
 #endif
 }
 
+// kLanes integers below 16 to kLanes / 2 bytes, the even lane in the low half.
+SLK_INLINE void store_nibbles(uint8_t* p, VI v) {
+#if defined(__AVX512F__)
+  const __m512i x = (__m512i)v;
+  _mm_storel_epi64((__m128i*)p, _mm512_cvtepi64_epi8(_mm512_or_si512(x, _mm512_srli_epi64(x, 28))));
+#elif defined(__AVX2__)
+  const __m256i x = _mm256_or_si256((__m256i)v, _mm256_srli_epi64((__m256i)v, 28));
+  const __m128i bytes = _mm_set_epi8(-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 8, 0);
+  const __m128i low = _mm_shuffle_epi8(_mm256_castsi256_si128(x), bytes);
+  const __m128i high = _mm_shuffle_epi8(_mm256_extracti128_si256(x, 1), bytes);
+  const int32_t four = _mm_cvtsi128_si32(_mm_unpacklo_epi16(low, high));
+  std::memcpy(p, &four, 4);
+#else
+  for (int i = 0; i < kLanes / 2; ++i) p[i] = uint8_t(v[2 * i] | v[2 * i + 1] << 4);
+#endif
+}
+
 // kPair codes of kBits bits: unsigned, or int8.
 template <int kBits, bool kInt8>
 SLK_INLINE PairI load_codes(const uint8_t* p) {

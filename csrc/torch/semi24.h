@@ -17,7 +17,7 @@ PackedTensors24 check_packed24(const char* op, const Tensor& values, const Tenso
 // The same for meta alone.
 Tensor check_meta24(const char* op, const char* name, const Tensor& meta, int64_t n, int64_t m, Layout24 layout);
 
-// A new [n, m] weight of `like`'s dtype and device. Padding is written: values 0, codes 0x4.
+// A new [n, m] weight of `like`'s dtype and device. On a CPU its padding is written: values 0, codes 0x4.
 PackedTensors24 new_packed24(const Tensor& like, int64_t n, int64_t m, Layout24 layout);
 
 // What kernels take. values may be an undefined tensor where only meta is used.
@@ -25,10 +25,10 @@ Packed24 view24(const PackedTensors24& t, int64_t n, int64_t m, Layout24 layout)
 
 #ifdef SLKERNELS_WITH_CUDA
 // The halves of the ops that run on a GPU. Arguments are checked, contiguous, and on one device, which is current; none
-// is empty.
+// is empty. Padding is theirs to write: new_packed24 does that on a CPU only.
 namespace cuda {
 void prune24(const Tensor& score, Prune24 by, const Tensor& mask);
-void prune_compress24(const Tensor& W, const Tensor* score, Prune24 by, const Packed24& pack, const Packed24& pack_t);
+void prune_compress24(const Tensor& W, const Tensor& score, Prune24 by, const Packed24& pack, const Packed24& pack_t);
 void compress24(const Tensor& W, const Tensor& mask, const Packed24& pack);
 int64_t check_mask24(const Tensor& mask);  // the first group (row * groups24(m) + group) that is not 2:4, or -1; waits
 void decompress24(const Packed24& pack, const Tensor& W);

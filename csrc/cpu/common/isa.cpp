@@ -12,6 +12,7 @@
 #include "slkernels/project_quant.h"
 #include "slkernels/semi24_mask.h"
 #include "slkernels/semi24_linear.h"
+#include "slkernels/semi24_pack.h"
 #include "slkernels/sparse.h"
 
 namespace slk::cpu {
@@ -124,5 +125,6 @@ SLK_TABLE(ProjectKernels, project_table, project_kernels)
 SLK_TABLE(QuantKernels, quant_table, quant_kernels)
 SLK_TABLE(MaskKernels, mask_table, mask_kernels)
 SLK_TABLE(Semi24LinearKernels, semi24_linear_table, semi24_linear_kernels)
+SLK_TABLE(Pack24Kernels, pack24_table, pack24_kernels)
 
 }  // namespace slk::cpu
