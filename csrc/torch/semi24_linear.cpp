@@ -166,9 +166,7 @@ Tensor linear24_dx(const Tensor& dy, const Tensor& values, const Tensor& meta, i
   return with_last(dx, dy, m);
 }
 
-Tensor dw_compress24(const Tensor& dy, const Tensor& x, const Tensor& meta, std::string layout) {
-  const char* op = "dw_compress24";
-  check(layout24_of(op, layout) == Layout24::plain, op, "layout must be plain on a CPU, got ", layout);
+Tensor grad_w_plain(const char* op, const Tensor& dy, const Tensor& x, const Tensor& meta) {
   const DType dtype = dtype_of(op, "x", x);
   const int64_t n = columns_of(op, "dy", dy), m = columns_of(op, "x", x);
   check_same_dtype(op, "dy", dy, "x", x);
@@ -191,12 +189,79 @@ Tensor dw_compress24(const Tensor& dy, const Tensor& x, const Tensor& meta, std:
   return dvalues;
 }
 
+// ---- the packed layouts: converted to plain and back --------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> convert24(const Tensor& values, const Tensor& meta, int64_t n, int64_t m,
+                                     const std::string& source, const std::string& target) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{from(values), from(meta), from(n), from(m), from(source), from(target)};
+  last_error().clear();
+  const auto error = torch_call_dispatcher("slkernels::convert24", "", stack.data(), TORCH_ABI_VERSION);
+  if (error != TORCH_SUCCESS && !last_error().empty()) throw std::runtime_error(last_error());
+  TORCH_ERROR_CODE_CHECK(error);
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+}
+
+void check_packed24(const char* op, const Tensor& values, int64_t n, int64_t m, Layout24 layout, const Tensor& x) {
+  const int64_t rows = padded_rows24(layout, n), kept = padded_columns24(layout, m) / 2;
+  check(n >= 0, op, "n must not be negative, got ", n);
+  check(values.dim() == 2 && values.size(0) == rows && values.size(1) == kept, op, "values must be [", rows, ", ", kept,
+        "] for W [", n, ", ", m, "], got ", show(values));
+  check_same_dtype(op, "values", values, "x", x);
+}
+
+Tensor linear24_any(const char* op, const Tensor& x, const Tensor& values, const Tensor& meta, int64_t n,
+                    const std::string& layout, const std::optional<Tensor>& bias, const std::string& activation) {
+  const Layout24 kind = layout24_of(op, layout);
+  if (kind == Layout24::plain) return linear24_plain(op, x, values, meta, n, bias, activation);
+  const int64_t m = columns_of(op, "x", x);
+  check_packed24(op, values, n, m, kind, x);
+  const auto [v, codes] = convert24(values, meta, n, m, layout, "plain");
+  return linear24_plain(op, x, v, codes, n, bias, activation);
+}
+
+Tensor linear24_packed(const Tensor& x, const Tensor& values, const Tensor& meta, int64_t n, std::string layout,
+                       std::optional<Tensor> bias, std::string activation) {
+  return linear24_any("linear24_packed", x, values, meta, n, layout, bias, activation);
+}
+
+// The transposed pack and the dense weight matter in backward only.
+Tensor linear24_train(const Tensor& x, const Tensor& values, const Tensor& meta, const Tensor& values_t,
+                      const Tensor& meta_t, int64_t n, std::optional<Tensor> bias, std::string activation,
+                      std::optional<Tensor> weight, std::string layout) {
+  const char* op = "linear24_train";
+  const Layout24 kind = layout24_of(op, layout);
+  const int64_t m = columns_of(op, "x", x), rows = padded_rows24(kind, m), kept = padded_columns24(kind, n) / 2;
+  check(values_t.dim() == 2 && values_t.size(0) == rows && values_t.size(1) == kept, op, "values_t must be [", rows,
+        ", ", kept, "] for W [", n, ", ", m, "], got ", show(values_t));
+  check_same_dtype(op, "values_t", values_t, "x", x);
+  check_same_device(op, "values_t", values_t, "x", x);
+  check_same_device(op, "meta_t", meta_t, "x", x);
+  if (weight)
+    check(weight->dim() == 2 && weight->size(0) == n && weight->size(1) == m, op, "weight must be [", n, ", ", m,
+          "], got ", show(*weight));
+  return linear24_any(op, x, values, meta, n, layout, bias, activation);
+}
+
+Tensor dw_compress24(const Tensor& dy, const Tensor& x, const Tensor& meta, std::string layout) {
+  const char* op = "dw_compress24";
+  const Layout24 kind = layout24_of(op, layout);
+  if (kind == Layout24::plain) return grad_w_plain(op, dy, x, meta);
+  const int64_t n = columns_of(op, "dy", dy), m = columns_of(op, "x", x);
+  Tensor unused = empty_like_shape(x, {padded_rows24(kind, n), padded_columns24(kind, m) / 2});
+  torch::stable::zero_(unused);
+  const Tensor codes = std::get<1>(convert24(unused, meta, n, m, layout, "plain"));
+  return std::get<0>(convert24(grad_w_plain(op, dy, x, codes), codes, n, m, "plain", layout));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(slkernels, CPU, m) {
   m.impl("linear24", TORCH_BOX(&linear24));
   m.impl("_linear24_dx", TORCH_BOX(&linear24_dx));
   m.impl("dw_compress24", TORCH_BOX(&dw_compress24));
+  m.impl("linear24_packed", TORCH_BOX(&linear24_packed));
+  m.impl("linear24_train", TORCH_BOX(&linear24_train));
 }
 
 }  // namespace slk

@@ -8,7 +8,7 @@ from . import attention, optim, project, semi24_mask
 from .gemm import gemm
 from .lowrank import lowrank_linear
 from .random_support import permute, random_blocks8, random_support, round_keys
-from .semi24_linear import dense24, dw_compress24, kept_columns24, linear24, linear24_dx
+from .semi24_linear import dense24, dw_compress24, kept_columns24, linear24, linear24_dx, linear24_train
 from .sl import sl_linear
 from .sparse import check_support, compose, gather_support, sddmm, spmm, spmm_t, support_rows, to_dense
 
@@ -23,6 +23,7 @@ __all__ = [
     "kept_columns24",
     "linear24",
     "linear24_dx",
+    "linear24_train",
     "lowrank_linear",
     "optim",
     "permute",

@@ -39,6 +39,26 @@ def linear24_dx(dy: Tensor, values: Tensor, meta: Tensor, m: int) -> Tensor:
 
 def dw_compress24(dy: Tensor, x: Tensor, meta: Tensor, layout: str = "plain") -> Tensor:
     """dvalues = (dy^T x) at the kept slots; 0 at padding columns."""
-    n, m = dy.shape[-1], x.shape[-1]
-    dw = dy.reshape(-1, n).t() @ x.reshape(-1, m)
-    return F.pad(dw, (0, -m % 4)).gather(1, kept_columns24(meta, m))
+    dw = torch.einsum("...n,...m->nm", dy, x)
+    return F.pad(dw, (0, -x.shape[-1] % 4)).gather(1, kept_columns24(meta, x.shape[-1]))
+
+
+def linear24_train(
+    x: Tensor,
+    values: Tensor,
+    meta: Tensor,
+    values_t: Tensor,
+    meta_t: Tensor,
+    n: int,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    weight: Tensor | None = None,
+    layout: str = "plain",
+) -> Tensor:
+    """linear24, with dx = dz W_t^T, W_t [m, n] the transposed pack; W's gradient goes to weight, if there is one."""
+    w, w_t = dense24(values, meta, x.shape[-1]), dense24(values_t, meta_t, n)
+    if weight is not None:
+        w = w.detach() + (weight - weight.detach())
+    by_x = F.linear(x, w_t.t().detach())
+    z = F.linear(x.detach(), w, bias) + (by_x - by_x.detach())  # adds zeros, and x's gradient
+    return ACTIVATIONS[activation](z)

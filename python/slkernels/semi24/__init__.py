@@ -34,6 +34,6 @@ __all__ = [
     "srste_grad_",
     "wanda_score",
 ]
-from ._linear import dw_compress24, linear24
+from ._linear import dw_compress24, linear24, linear24_packed, linear24_train
 
-__all__ = ["dw_compress24", "linear24"]
+__all__ = ["dw_compress24", "linear24", "linear24_packed", "linear24_train"]

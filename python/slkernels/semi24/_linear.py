@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -114,6 +116,151 @@ def linear24(
         RuntimeError: shapes, dtypes or devices that do not fit, or an unknown activation.
     """
     return _ops.linear24(x, values, meta, n, bias, activation)
+
+
+# ---- linear24_packed ------------------------------------------------------------------------------------------------
+
+
+def _packed_fake(x, values, meta, n, layout, bias=None, activation="none"):
+    return _linear("linear24_packed", x, values, meta, n, bias, activation, layout)
+
+
+def _packed_setup(ctx, inputs, output):
+    raise RuntimeError("slkernels::linear24_packed: has no gradient; use linear24_train, or torch.no_grad()")
+
+
+def _packed_backward(ctx, dy):
+    raise AssertionError("linear24_packed raises in forward")
+
+
+define(
+    "linear24_packed(Tensor x, Tensor values, Tensor meta, SymInt n, str layout, Tensor? bias=None, "
+    'str activation="none") -> Tensor',
+    fake=_packed_fake,
+    setup_context=_packed_setup,
+    backward=_packed_backward,
+)
+
+
+def linear24_packed(
+    x: Tensor,
+    values: Tensor,
+    meta: Tensor,
+    n: int,
+    layout: str,
+    bias: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """:func:`linear24` with W in the layout that the hardware reads; no gradient.
+
+    Args:
+        x: [..., m], bfloat16 or float16.
+        values, meta: W [n, m] in ``layout``, "sm80" or "sm90" (include/slkernels/semi24.h). On a CPU they are converted
+            to layout plain in every call. "plain" is :func:`linear24`.
+        n, bias, activation: as there.
+
+    Raises:
+        RuntimeError: arguments that do not fit, or any that requires a gradient.
+    """
+    return _ops.linear24_packed(x, values, meta, n, layout, bias, activation)
+
+
+# ---- linear24_train -------------------------------------------------------------------------------------------------
+
+
+def _tokens(t: Tensor) -> Tensor:
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def _train_fake(x, values, meta, values_t, meta_t, n, bias=None, activation="none", weight=None, layout="plain"):
+    op, m = "linear24_train", x.shape[-1]
+    y = _linear(op, x, values, meta, n, bias, activation, layout)
+    want = values_shape(layout, m, n)
+    check(
+        values_t.dim() == 2 and values_t.shape[0] == want[0] and values_t.shape[1] == want[1],
+        op,
+        lambda: f"values_t must be {list(want)} for W [{n}, {m}], got {list(values_t.shape)}",
+    )
+    if weight is not None:
+        check(
+            weight.dim() == 2 and weight.shape[0] == n and weight.shape[1] == m,
+            op,
+            lambda: f"weight must be [{n}, {m}], got {list(weight.shape)}",
+        )
+    return y
+
+
+def _train_setup(ctx, inputs, output):
+    x, values, meta, values_t, meta_t, n, bias, activation, weight, layout = inputs
+    again = activation not in ("none", "relu")
+    y = output if activation == "relu" else None
+    ctx.save_for_backward(x, values if again else None, meta, values_t, meta_t, bias if again else None, y)
+    ctx.n, ctx.activation, ctx.layout = n, activation, layout
+    ctx.weight_dtype = None if weight is None else weight.dtype
+
+
+def _product(x, values, meta, n, layout, bias=None):
+    if layout == "plain":
+        return _ops.linear24(x, values, meta, n, bias)
+    return _ops.linear24_packed(x, values, meta, n, layout, bias)
+
+
+def _train_backward(ctx, dy):
+    x, values, meta, values_t, meta_t, bias, y = ctx.saved_tensors
+    dz = _activation_backward(ctx.activation, dy, y, lambda: _product(x, values, meta, ctx.n, ctx.layout, bias))
+    dx = dvalues = dbias = dweight = None
+    if needs_grad(ctx, 0):
+        dx = _product(dz, values_t, meta_t, x.shape[-1], ctx.layout)
+    if needs_grad(ctx, 1) and ctx.weight_dtype is None:
+        dvalues = _ops.dw_compress24(dz, x, meta, ctx.layout)
+    if needs_grad(ctx, 6):
+        dbias = dz.sum_to_size(dz.shape[-1])
+    if needs_grad(ctx, 8):
+        dweight = (_tokens(dz).t() @ _tokens(x)).to(ctx.weight_dtype)
+    return dx, dvalues, None, None, None, None, dbias, None, dweight, None
+
+
+define(
+    "linear24_train(Tensor x, Tensor values, Tensor meta, Tensor values_t, Tensor meta_t, SymInt n, Tensor? bias=None, "
+    'str activation="none", Tensor? weight=None, str layout="plain") -> Tensor',
+    fake=_train_fake,
+    setup_context=_train_setup,
+    backward=_train_backward,
+)
+
+
+def linear24_train(
+    x: Tensor,
+    values: Tensor,
+    meta: Tensor,
+    values_t: Tensor,
+    meta_t: Tensor,
+    n: int,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    weight: Tensor | None = None,
+    layout: str = "plain",
+) -> Tensor:
+    """:func:`linear24` whose dx comes from the transposed pack: dx = dz W_t^T.
+
+    The transposed pack is that of :func:`prune_compress24`: (W (*) mask)^T, pruned again by rows unless the mask is
+    transposable. Then dx is not the exact gradient, but that of SLoPe's double-pruned backward (arXiv 2405.16325).
+
+    Args:
+        x: [..., m]. values, meta: W [n, m] in ``layout``. values_t, meta_t: W_t [m, n] in ``layout``.
+        n, bias, activation: as in :func:`linear24`, and kept or computed again in backward as there.
+        weight: [n, m], the dense parameter that W was pruned from, if it is to get the straight-through gradient dz^T x
+            (in its own dtype); its elements are not read, and values get no gradient. Without it, values get
+            :func:`dw_compress24`.
+        layout: "plain", "sm80" or "sm90"; on a CPU the packed ones are converted to plain in every call.
+
+    Returns:
+        [..., n], x's dtype. values_t has no gradient.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit, an unknown activation or layout.
+    """
+    return _ops.linear24_train(x, values, meta, values_t, meta_t, n, bias, activation, weight, layout)
 
 
 # ---- gradients ------------------------------------------------------------------------------------------------------
