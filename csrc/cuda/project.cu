@@ -61,12 +61,6 @@ __global__ void __launch_bounds__(kThreads) fold_step_kernel(const T* x, int64_t
 
 // ---- sums of squares ------------------------------------------------------------------------------------------------
 
-__device__ inline float warp_sum(float x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-  return x;
-}
-
 // A warp a row.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
@@ -198,7 +192,7 @@ cudaError_t launch_update(DType type, void* w, int64_t m, Range rows, const Upda
                           const DeviceUpdate& update, cudaStream_t stream) {
   const int64_t chunks = rows.size() * ceil_div(m, kEight);
   if (chunks == 0) return cudaSuccess;
-  return with_type(type, [&](auto* tag) {
+  return with_float_type(type, [&](auto* tag) {
     using T = Pointee<decltype(tag)>;
     const bool wide = operands.t_type == DType::f32;
     return launch(wide ? weight_update_kernel<T, float> : weight_update_kernel<T, T>, blocks_for(chunks, kThreads),
@@ -209,7 +203,7 @@ cudaError_t launch_update(DType type, void* w, int64_t m, Range rows, const Upda
 cudaError_t launch_fold(DType type, const void* x, int64_t n, const DeviceUpdate& update, void* out,
                         cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
-  return with_type(type, [&](auto* tag) {
+  return with_float_type(type, [&](auto* tag) {
     using T = Pointee<decltype(tag)>;
     return launch(fold_step_kernel<T>, blocks_for(n, kThreads), kThreads, 0, stream, static_cast<const T*>(x), n,
                   update, static_cast<T*>(out));
@@ -219,7 +213,7 @@ cudaError_t launch_fold(DType type, const void* x, int64_t n, const DeviceUpdate
 cudaError_t launch_row_squares(DType type, const void* x, int64_t ld, int64_t rows, int64_t columns, float* sums,
                                cudaStream_t stream) {
   if (rows == 0) return cudaSuccess;
-  return with_type(type, [&](auto* tag) {
+  return with_float_type(type, [&](auto* tag) {
     using T = Pointee<decltype(tag)>;
     return launch(row_squares_kernel<T>, blocks_for(rows, kWarps), kThreads, 0, stream, static_cast<const T*>(x), ld,
                   rows, columns, sums);
@@ -232,7 +226,7 @@ cudaError_t launch_column_squares(DType type, const void* x, int64_t ld, int64_t
   const int64_t parts = ceil_div(rows, kSquareRows);
   if (parts > 0) {
     const dim3 grid(unsigned(ceil_div(columns, 32 * kEight)), unsigned(parts));
-    const cudaError_t error = with_type(type, [&](auto* tag) {
+    const cudaError_t error = with_float_type(type, [&](auto* tag) {
       using T = Pointee<decltype(tag)>;
       return launch(column_squares_kernel<T>, grid, kThreads, 0, stream, static_cast<const T*>(x), ld, rows, columns,
                     partial);
@@ -252,7 +246,7 @@ cudaError_t launch_normals(DType type, const int64_t* seed, float scale, Range r
                            cudaStream_t stream) {
   const int64_t counters = rows.size() * ceil_div(columns.size(), kNormalBlock) * kNormalRun;
   if (counters == 0) return cudaSuccess;
-  return with_type(type, [&](auto* tag) {
+  return with_float_type(type, [&](auto* tag) {
     using T = Pointee<decltype(tag)>;
     return launch(normals_kernel<T>, blocks_for(counters, kThreads), kThreads, 0, stream, seed, scale, rows.begin,
                   rows.size(), columns.begin, columns.size(), static_cast<T*>(out));

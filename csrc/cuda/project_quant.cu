@@ -218,7 +218,7 @@ cudaError_t launch_quantize_group(DType type, const void* w, const GroupCodes& q
                                   const DeviceRounding& rounding, cudaStream_t stream) {
   const int64_t groups = rows * q.groups();
   if (groups == 0) return cudaSuccess;
-  return with_type(type, [&](auto* tag) {
+  return with_float_type(type, [&](auto* tag) {
     using T = Pointee<decltype(tag)>;
     return launch(quantize_group_kernel<T>, blocks_for(groups, kWarps), kThreads, 0, stream, static_cast<const T*>(w),
                   q, rows, rounding);
@@ -229,7 +229,7 @@ cudaError_t launch_update_q(const GroupCodes& q, Range rows, const UpdateOperand
                             cudaStream_t stream) {
   const int64_t groups = rows.size() * q.groups();
   if (groups == 0) return cudaSuccess;
-  return with_type(operands.t_type, [&](auto* tag) {
+  return with_float_type(operands.t_type, [&](auto* tag) {
     using T = Pointee<decltype(tag)>;
     return launch(update_q_kernel<T>, blocks_for(groups, kWarps), kThreads, 0, stream, q, rows.begin, rows.size(),
                   operands, update);
@@ -240,7 +240,7 @@ cudaError_t launch_dequantize_group(const GroupCodes& q, Range rows, Range colum
                                     int64_t ld_out, cudaStream_t stream) {
   const int64_t chunks = rows.size() * ceil_div(columns.size(), kEight);
   if (chunks == 0) return cudaSuccess;
-  return with_type(type, [&](auto* tag) {
+  return with_float_type(type, [&](auto* tag) {
     using T = Pointee<decltype(tag)>;
     return launch(dequantize_group_kernel<T>, blocks_for(chunks, kThreads), kThreads, 0, stream, q, rows, columns,
                   static_cast<T*>(out), ld_out);
@@ -250,7 +250,7 @@ cudaError_t launch_dequantize_group(const GroupCodes& q, Range rows, Range colum
 cudaError_t launch_linear_q(DType type, const GroupCodes& q, const void* x, int64_t tokens, int64_t n, const void* bias,
                             void* y, cudaStream_t stream) {
   if (n == 0 || tokens == 0) return cudaSuccess;
-  return with_type(type, [&](auto* tag) {
+  return with_float_type(type, [&](auto* tag) {
     using T = Pointee<decltype(tag)>;
     const auto kernel = tokens <= 1   ? linear_q_kernel<T, 1>
                         : tokens <= 4 ? linear_q_kernel<T, 4>

@@ -1,12 +1,7 @@
 // What the kernels of family `project` share: eight neighbouring elements as fp32, their random bits, their rounding.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <type_traits>
-
-#include "slkernels/launch.cuh"
+#include "cuda/types.cuh"
 #include "slkernels/optim_codec.cuh"
 #include "slkernels/project_cuda.h"
 
@@ -135,23 +130,5 @@ __device__ inline void add_terms(const UpdateOperands& o, float step, int64_t ro
     x[k] = codec::fused(codec::multiply(step, factor), v[k], x[k]);
   }
 }
-
-// f(null pointer of the element type) for the types of a weight.
-template <class F>
-cudaError_t with_type(DType type, F f) {
-  switch (type) {
-    case DType::f32:
-      return f((float*)nullptr);
-    case DType::bf16:
-      return f((__nv_bfloat16*)nullptr);
-    case DType::f16:
-      return f((__half*)nullptr);
-    case DType::f64:
-      break;
-  }
-  return cudaErrorInvalidValue;
-}
-template <class P>
-using Pointee = std::remove_pointer_t<P>;
 
 }  // namespace slk::cuda

@@ -52,9 +52,12 @@ __device__ T warp_sum(T x) {
   return x;
 }
 
-// f(pointer to the element type); the pointer is null.
+template <class P>
+using Pointee = std::remove_pointer_t<P>;
+
+// f(pointer to the element type); the pointer is null. Not for fp64.
 template <class F>
-cudaError_t with_type(DType dtype, F f) {
+cudaError_t with_float_type(DType dtype, F f) {
   switch (dtype) {
     case DType::f32:
       return f((float*)nullptr);
@@ -63,9 +66,14 @@ cudaError_t with_type(DType dtype, F f) {
     case DType::f16:
       return f((__half*)nullptr);
     case DType::f64:
-      return f((double*)nullptr);
+      break;
   }
   return cudaErrorInvalidValue;
+}
+// The same, fp64 included.
+template <class F>
+cudaError_t with_type(DType dtype, F f) {
+  return dtype == DType::f64 ? f((double*)nullptr) : with_float_type(dtype, f);
 }
 
 // f(pointer to the element type, the columns of s as what they are).

@@ -11,7 +11,7 @@
 // p can tell (semi24_mask.cuh), a pure function of (seed, group). Arithmetic is fp32 (fp64 for fp64), one rounding at
 // the end, and written once for both devices and all instruction sets: in fp32 all give the same bits.
 //
-// A group costs 6 gates and 4 elements read and 4 written: 40 bytes with fp32 gates and a bf16 W, beside some 350
+// A group costs 6 gates and 4 elements read and 4 written: 40 bytes with fp32 gates and a bf16 W, beside some 430
 // instructions a group, a third of them six logarithms and a quarter one Philox draw. On a GPU both take the same time,
 // on a CPU the arithmetic decides.
 #pragma once
