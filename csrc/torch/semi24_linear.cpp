@@ -118,7 +118,7 @@ Tensor linear24_plain(const char* op, const Tensor& x, const Tensor& values, con
       kernels.linear_few(dtype, w, as_matrix(padded), b, f, {begin, end}, ym);
     });
   } else {
-    for_tiles(n, tokens, cpu::kTileRows24, cpu::kTileTokens24, [&](Range rows, Range panel) {
+    for_tiles(n, tokens, cpu::kTileOutputs24, cpu::kTileTokens24, [&](Range rows, Range panel) {
       kernels.linear(dtype, w, as_matrix(x2), b, f, rows, panel, ym, thread_scratch(cpu::kTileScratch24));
     });
   }
@@ -158,7 +158,7 @@ Tensor linear24_dx(const Tensor& dy, const Tensor& values, const Tensor& meta, i
                                       list_start.mutable_data_ptr<int32_t>(),
                                       {j, j + width}};
     parallel_for(blocks, 1, [&](int64_t begin, int64_t end) { kernels.column_lists(dtype, w, {begin, end}, lists); });
-    for_tiles(width, tokens, cpu::kTileRows24, cpu::kTileTokens24, [&](Range columns, Range panel) {
+    for_tiles(width, tokens, cpu::kTileOutputs24, cpu::kTileTokens24, [&](Range columns, Range panel) {
       kernels.grad_x(dtype, lists, dym, {j + columns.begin, j + columns.end}, panel, dxm,
                      thread_scratch(cpu::kTileScratch24));
     });
