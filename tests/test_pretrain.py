@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from slkernels.bench import corpus as corpus_module
-from slkernels.bench import supports
+from slkernels.bench import pretrain, supports
 from slkernels.bench.llama import Llama, LlamaConfig
 from slkernels.bench.pretrain import measure_step
 from slkernels.bench.trainer import (
@@ -308,17 +308,40 @@ def test_ctrl_c_and_resume_of_a_comparison(tmp_path):
     assert "SLTrain" in done.stdout and "pretrain.json" in done.stdout
 
 
-def test_a_comparison_with_maskllm_trains_its_dense_model_first(tmp_path):
-    options = ["--steps", "2", "--batch", "1", "--seq", "16", "--threads", "1", "--quiet", "--out", str(tmp_path)]
-    command = [sys.executable, "-m", "slkernels.bench.pretrain", *options, "--method", "slope", "maskllm"]
+def test_maskllm_trains_its_dense_model_first(tmp_path):
+    options = ["--steps", "2", "--batch", "1", "--seq", "16", "--threads", "1", "--quiet", "--no-validation"]
+    command = [
+        sys.executable,
+        "-m",
+        "slkernels.bench.pretrain",
+        *options,
+        "--method",
+        "maskllm",
+        "--out",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "pretrain.json").read_text())
-    assert [run["settings"]["method"] for run in report["runs"]] == ["dense", "slope", "maskllm"]
-    assert report["runs"][2]["settings"]["start"] == str(tmp_path / "dense" / "model.pt")
-    assert "MaskLLM" in done.stdout and "SLoPe" in done.stdout
-    failed = subprocess.run([*command, "--seconds", "5"], capture_output=True, text=True, timeout=300)
-    assert failed.returncode == 2
+    assert [run["settings"]["method"] for run in report["runs"]] == ["dense", "maskllm"]
+    assert report["runs"][1]["settings"]["start"] == str(tmp_path / "dense" / "model.pt")
+    assert "MaskLLM" in done.stdout
+
+
+def test_methods_are_run_in_the_order_that_they_need(tmp_path, capsys):
+    def order(*options):
+        return pretrain.methods_of(pretrain.parser().parse_args(["--out", str(tmp_path), *options]))
+
+    assert order() == ("dense", "lowrank", "sltrain")
+    assert order("--method", "slope", "semi24") == ("slope", "semi24")
+    assert order("--method", "maskllm", "slope", "dense") == ("dense", "maskllm", "slope")
+    assert order("--method", "maskllm", "--start", "weights.pt") == ("maskllm",)
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "model.pt").touch()
+    assert order("--method", "maskllm") == ("maskllm",)
+    with pytest.raises(SystemExit):
+        pretrain.main(["--method", "maskllm", "--seconds", "5", "--out", str(tmp_path)])
+    assert "maskllm takes --steps, not --seconds" in capsys.readouterr().err
 
 
 # ---- supports -------------------------------------------------------------------------------------------------------
