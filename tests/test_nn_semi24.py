@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load, save
 from slkernels import optim
 from slkernels.nn import Linear24, MaskLinear24, track24
+from slkernels.nn.linear24 import kernel_layout
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -175,7 +176,7 @@ def test_inference_and_dense_compute_the_same(mode, shape):
     y = module(x)
     packed, dense = module.to_inference(), module.to_dense()
     assert packed.mode == "inference" and not packed.training and not dense.training and type(dense) is nn.Linear
-    assert [name for name, _ in packed.named_parameters()] == ["bias"]
+    assert {name: p.requires_grad for name, p in packed.named_parameters()} == {"values": False, "bias": True}
     assert packed.values.numel() == shape[0] * 2 * -(-shape[1] // 4) and torch.equal(packed.mask, module.mask)
     for other in (packed, dense):
         torch.testing.assert_close(other(x), y, rtol=1e-5, atol=1e-5)
@@ -508,6 +509,26 @@ def test_ddp_takes_it(mode, tmp_path):
             optimizer.step()
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("tracked", [False, True])
+@pytest.mark.parametrize("mode", TRAINED)
+def test_on_a_gpu_it_computes_the_same(gpu, mode, tracked):
+    n, m = 128, 256
+    module = layer(mode, n, m).to(gpu, torch.bfloat16)
+    if tracked:
+        track24(module, torch.optim.SGD(module.parameters(), lr=0.1))
+    x, dy = (torch.randn(64, size, device=gpu, dtype=torch.bfloat16) for size in (m, n))
+    sparse = module.sparse_weight().double()
+    y, got = gradients(module, x, dy)
+    want = F.linear(x.double(), sparse, module.bias.double())
+    dx = dy.double() @ (double_pruned(module).double() if mode == "slope" else sparse)
+    for a, b in ((y, want), (got["x"], dx)):
+        assert (a - b).abs().max() < 0.01 * b.abs().max()
+    packed = module.to_inference()
+    assert packed.layout == kernel_layout(gpu, torch.bfloat16)
+    with torch.no_grad():
+        assert (packed(x).double() - want).abs().max() < 0.01 * want.abs().max()
 
 
 @pytest.mark.parametrize(

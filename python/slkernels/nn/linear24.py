@@ -33,7 +33,7 @@ class Linear24(nn.Module):
     * "static": the same with the mask it starts with.
     * "slope": the parameter is ``values`` [n, 2 ceil(m / 4)], on a row mask that stays. dx comes from the transpose,
       pruned a second time (SLoPe, arXiv 2405.16325); :meth:`add_adapter` adds its lazy low-rank adapter.
-    * "inference": values and mask are buffers; on a GPU in the layout that its tensor cores read.
+    * "inference": frozen values and their mask; on a GPU in the layout that its tensor cores read.
 
     What follows from the parameters (packed weights, and their transpose) is computed in every call, so that a step of
     any optimizer is seen; :func:`track24` moves that work to once a step, and counts the steps of ``refresh``.
@@ -85,7 +85,7 @@ class Linear24(nn.Module):
         self.in_features, self.out_features, self.mode, self.by = m, n, mode, by
         self.refresh = 40 if refresh is None and mode == "dynamic" else refresh
         self.decay = float(decay)
-        self.layout = "plain"  # of an inference module's buffers
+        self.layout = "plain"  # of an inference module's values and meta
         self._packs: tuple[Tensor, ...] | None = None  # see track24
         self._age = 0
 
@@ -93,13 +93,12 @@ class Linear24(nn.Module):
         groups, groups_t = -(-m // 4), -(-n // 4)
         if dense:
             self.weight = nn.Parameter(torch.empty(n, m, **factory))
-        elif mode == "slope":
-            self.values = nn.Parameter(torch.empty(n, 2 * groups, **factory))
+        else:
+            self.values = nn.Parameter(torch.empty(n, 2 * groups, **factory), requires_grad=mode == "slope")
+        if mode == "slope":
             self.register_buffer("meta_t", torch.empty(m, -(-groups_t // 2), dtype=torch.uint8, device=device))
             perm = torch.empty(m, 2 * groups_t, dtype=torch.int32, device=device)
             self.register_buffer("perm", perm, persistent=False)
-        else:
-            self.register_buffer("values", torch.empty(n, 2 * groups, **factory))
         self.register_buffer("meta", torch.empty(n, -(-groups // 2), dtype=torch.uint8, device=device))
         if mode != "inference":
             self.register_buffer("age", torch.zeros((), dtype=torch.int64, device=device))
@@ -336,7 +335,7 @@ class Linear24(nn.Module):
             values, meta = _ops.convert24(self.values.detach(), self.meta, *sizes[::-1], self.layout, "plain")
         module.layout = kernel_layout(values.device, values.dtype) if layout is None else layout
         values, meta = _ops.convert24(values, meta, *sizes[::-1], "plain", module.layout)
-        module.values, module.meta = values.clone(), meta.clone()
+        module.values, module.meta = nn.Parameter(values.clone(), requires_grad=False), meta.clone()
         for name in ("bias", "lora_A", "lora_B"):
             tensor = getattr(self, name)
             setattr(module, name, None if tensor is None else nn.Parameter(tensor.detach().clone()))
