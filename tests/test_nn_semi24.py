@@ -274,6 +274,18 @@ def test_srste_decays_what_is_pruned_once_a_step(mode):
     )
 
 
+def test_a_layer_is_tracked_once():
+    for module in (layer(), mask_layer()):
+        optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
+        tracking = track24(module, optimizer)
+        with pytest.raises(ValueError, match="is tracked already"):
+            track24(module, optimizer)
+        other = copy.deepcopy(module)
+        track24(other, torch.optim.SGD([p for p in other.parameters() if p.requires_grad], lr=0.1))
+        tracking.remove()
+        track24(module, optimizer)
+
+
 def test_repack_follows_changes_that_are_not_the_optimizers():
     for mode in TRAINED:
         module, x = layer(mode), torch.randn(3, M)

@@ -246,6 +246,10 @@ class Linear24(nn.Module):
         weight = self.weight
         return _ops.prune_compress24(self.sparse_weight(), "row", None, kernel_layout(weight.device, weight.dtype))
 
+    @property
+    def _tracked(self) -> bool:
+        return self._packs is not None
+
     def _track(self, on: bool) -> None:
         self._packs = tuple(self._pack()) if on and self.mode != "inference" else None
 

@@ -66,7 +66,7 @@ class MaskLinear24(nn.Module):
         self.gate_std, self._first_seed = gate_std, draw_seed() if seed is None else seed
         self.weight = nn.Parameter(torch.empty(n, m, device=device, dtype=dtype), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(n, device=device, dtype=dtype), requires_grad=False) if bias else None
-        self._gate_dtype = gate_dtype
+        self._gate_dtype, self._tracked = gate_dtype, False
         gate_dtype = torch.float64 if self.weight.dtype == torch.float64 else gate_dtype
         self.gate = nn.Parameter(torch.empty(n, -(-m // 4), 6, device=device, dtype=gate_dtype))
         for name in ("kappa", "tau", "step", "seed"):
@@ -146,7 +146,7 @@ class MaskLinear24(nn.Module):
             getattr(self, name).copy_(first + (last - first) * progress)
 
     def _track(self, on: bool) -> None:
-        """It keeps nothing between calls."""
+        self._tracked = on
 
     # ---- to and from other layers ------------------------------------------------------------------------------------
 
@@ -182,6 +182,10 @@ class MaskLinear24(nn.Module):
         return dense_linear(self.sparse_weight(), self.bias, self.training)
 
     # ---- dtypes that stay --------------------------------------------------------------------------------------------
+
+    def __getstate__(self):
+        """Copies are not tracked: the optimizer that is followed does not step them."""
+        return self.__dict__ | {"_tracked": False}
 
     def _apply(self, fn, recurse=True):
         own = {name: getattr(self, name).detach() for name in ("gate", "kappa", "tau")}

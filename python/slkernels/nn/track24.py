@@ -36,7 +36,7 @@ def track24(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tracking:
     are not tracked.
 
     Args:
-        model: the model, DistributedDataParallel or not.
+        model: the model; wrap it in DistributedDataParallel first, which gives all ranks the same weights and masks.
         optimizer: any ``torch.optim.Optimizer`` that holds the layers' trained parameters.
 
     Returns:
@@ -44,7 +44,7 @@ def track24(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tracking:
 
     Raises:
         ValueError: there is no such layer, one's parameter is not among the optimizer's, or SR-STE's decay is asked of
-            a per-layer optimizer, whose gradients are gone before its step; sharded parameters.
+            a per-layer optimizer, whose gradients are gone before its step; sharded parameters; a layer is tracked.
     """
     from ..optim._dtensor import is_dtensor  # here, not above: optim needs this package's 8-bit layers
     from ..optim.per_layer import PerLayerOptimizer
@@ -60,6 +60,8 @@ def track24(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tracking:
             continue
         if is_dtensor(parameter):
             raise ValueError(f"{name} is sharded (FSDP2): a shard's rows and columns are not whole groups of a mask")
+        if layer._tracked:
+            raise ValueError(f"{name} is tracked already: remove() what track24 returned, or steps count twice")
         if parameter.requires_grad and id(parameter) not in held:
             raise ValueError(f"the {type(optimizer).__name__} does not hold the parameters of {name}")
         if getattr(layer, "decay", 0) and isinstance(optimizer, PerLayerOptimizer):
