@@ -61,7 +61,7 @@ def rows(results: list[dict]) -> list[tuple[str, ...]]:
         "tokens/s": [f"{r['tokens_per_second']:,.0f}" for r in results],
         "parameters": [f"{r['parameters']:,}" for r in results],
         "MiB of parameters": [mebibytes(r["parameter_bytes"]) for r in results],
-        "MiB of indices": [mebibytes(r["index_bytes"]) for r in results],
+        "MiB of indices and packed copies": [mebibytes(r["index_bytes"]) for r in results],
         "MiB of optimizer state": [mebibytes(r["optimizer_bytes"]) for r in results],
         "MiB of gradients": [mebibytes(r["gradient_bytes"]) for r in results],
         "MiB of these four": [mebibytes(sum(tensor_bytes(r))) for r in results],
@@ -128,7 +128,7 @@ def plot(results: list[dict], environment: dict, path: Path, timed: bool = True)
     bottom = [0.0] * len(results)
     for i, (what, color) in enumerate(
         zip(
-            ("parameters", "indices", "optimizer", "gradients"),
+            ("parameters", "indices, packed", "optimizer", "gradients"),
             ("#1f6f8b", "#222222", "#d98c3f", "#6a9f58"),
             strict=True,
         )
