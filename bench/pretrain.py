@@ -89,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, default=default_folder(), help="default: %(default)s")
     p.add_argument("--resume", action="store_true", help="continue from the checkpoints under --out, bit-exactly")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
+    p.add_argument("--untimed", action="store_true", help="no times in the plot: for a machine that others use too")
     p.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # one of several methods: results only
     return p
 
@@ -252,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     pretrain_report.print_table(results)
     files = [args.out / "pretrain.json"]
     files[0].write_text(json.dumps({"environment": header, "runs": results}, indent=1))
-    if pretrain_report.plot(results, header, args.out / "pretrain.png"):
+    if pretrain_report.plot(results, header, args.out / "pretrain.png", timed=not args.untimed):
         files.append(args.out / "pretrain.png")
     else:
         print("matplotlib is not installed: no plot")

@@ -61,7 +61,7 @@ def rows(results: list[dict]) -> list[tuple[str, ...]]:
         "tokens/s": [f"{r['tokens_per_second']:,.0f}" for r in results],
         "parameters": [f"{r['parameters']:,}" for r in results],
         "MiB of parameters": [mebibytes(r["parameter_bytes"]) for r in results],
-        "MiB of indices": [mebibytes(r["index_bytes"]) for r in results],
+        "MiB of indices and packed copies": [mebibytes(r["index_bytes"]) for r in results],
         "MiB of optimizer state": [mebibytes(r["optimizer_bytes"]) for r in results],
         "MiB of gradients": [mebibytes(r["gradient_bytes"]) for r in results],
         "MiB of these four": [mebibytes(sum(tensor_bytes(r))) for r in results],
@@ -97,8 +97,9 @@ def print_table(results: list[dict]) -> None:
     Console().print(table)
 
 
-def plot(results: list[dict], environment: dict, path: Path) -> bool:
-    """Write the PNG: validation loss against tokens and against training time, and bytes. False without matplotlib."""
+def plot(results: list[dict], environment: dict, path: Path, timed: bool = True) -> bool:
+    """Write the PNG: validation loss against tokens and, if ``timed``, against training time, and bytes. False without
+    matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -106,7 +107,8 @@ def plot(results: list[dict], environment: dict, path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (tokens, seconds, memory) = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+    panels = 3 if timed else 2
+    figure, (tokens, *seconds, memory) = plt.subplots(1, panels, figsize=(5 * panels, 4.5), constrained_layout=True)
     for result in results:
         method = result["settings"]["method"]
         style = {
@@ -117,14 +119,16 @@ def plot(results: list[dict], environment: dict, path: Path) -> bool:
         }
         losses = [v["loss"] for v in result["validation"]]
         tokens.plot([v["tokens"] / 1e6 for v in result["validation"]], losses, **style)
-        seconds.plot([v["seconds"] for v in result["validation"]], losses, **style)
+        for axes in seconds:
+            axes.plot([v["seconds"] for v in result["validation"]], losses, **style)
     tokens.set(xlabel="training tokens (million bytes)", ylabel="validation loss (nats a byte)")
-    seconds.set(xlabel="training time (s)", ylabel="validation loss (nats a byte)")
+    for axes in seconds:
+        axes.set(xlabel="training time (s)", ylabel="validation loss (nats a byte)")
     names = [title(result) for result in results]
     bottom = [0.0] * len(results)
     for i, (what, color) in enumerate(
         zip(
-            ("parameters", "indices", "optimizer", "gradients"),
+            ("parameters", "indices, packed", "optimizer", "gradients"),
             ("#1f6f8b", "#222222", "#d98c3f", "#6a9f58"),
             strict=True,
         )
@@ -133,7 +137,7 @@ def plot(results: list[dict], environment: dict, path: Path) -> bool:
         memory.bar(names, heights, bottom=bottom, color=color, label=what)
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     memory.set(ylabel="MiB of tensors")
-    for axes in (tokens, seconds, memory):
+    for axes in (tokens, *seconds, memory):
         axes.legend()
         axes.grid(alpha=0.3)
     settings = results[0]["settings"]

@@ -397,6 +397,7 @@ class Run:
     def result(self) -> dict[str, object]:
         """All numbers of the run, ready for JSON. Bytes are those of the tensors, but for the peak."""
         parameters = list(self.model.parameters())
+        packed = sum(m.packed_bytes for m in self.model.modules() if isinstance(m, Linear24))
         peak = peak_memory(self.settings.device)
         return {
             "settings": asdict(self.settings),
@@ -408,7 +409,7 @@ class Run:
             "tokens_per_second": self.tokens_per_second(),
             "parameters": sum(p.numel() for p in parameters),
             "parameter_bytes": sum(p.nbytes for p in parameters),
-            "index_bytes": sum(b.nbytes for b in self.model.buffers()),
+            "index_bytes": sum(b.nbytes for b in self.model.buffers()) + packed,
             "optimizer_bytes": state_bytes(self.optimizer.state_dict()),
             "gradient_bytes": self.meter.peak,
             "peak_bytes": peak,

@@ -245,6 +245,17 @@ def test_bytes_are_those_of_the_tensors(corpus, tmp_path):
     assert a["peak_bytes"] > a["parameter_bytes"]
 
 
+def test_packed_weights_are_counted(corpus, tmp_path):
+    dense, semi24 = (
+        Run(Settings(method=m, steps=1).resolved(), corpus, tmp_path).result() for m in ("dense", "semi24")
+    )
+    weights = (
+        4 * (4 * 256 * 256 + 3 * 688 * 256) * 4
+    )  # of the swapped layers, in bytes; values of W and of W^T: as many
+    masks = weights // 4 // 8  # four bits for four weights
+    assert semi24["index_bytes"] - dense["index_bytes"] == weights + 3 * masks + 28 * 8  # and the counters of steps
+
+
 def test_slopes_adapters_come_at_the_end(corpus, tmp_path):
     run = Run(Settings(**(SMALL | {"method": "slope", "adapter": 0.3})).resolved(), corpus, tmp_path)
     layers = [m for m in run.model.modules() if isinstance(m, Linear24)]

@@ -250,6 +250,11 @@ class Linear24(nn.Module):
     def _tracked(self) -> bool:
         return self._packs is not None
 
+    @property
+    def packed_bytes(self) -> int:
+        """What :func:`track24` keeps besides parameters and buffers."""
+        return sum(t.nbytes for t in self._packs or ())
+
     def _track(self, on: bool) -> None:
         self._packs = tuple(self._pack()) if on and self.mode != "inference" else None
 
