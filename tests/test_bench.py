@@ -351,6 +351,7 @@ def test_list_names_every_family(capsys):
     named = {line.split()[0] for line in listed}
     expected = {"attention", "galore", "gemm", "lowrank", "model", "optim", "project", "semi24", "sl", "sparse"}
     expected = {"attention", "galore", "gemm", "lowrank", "model", "optim", "project", "semi24_linear", "sl", "sparse"}
+    expected = {"attention", "block8", "galore", "gemm", "lowrank", "model", "optim", "project", "sl", "sparse"}
     assert named == set(families()) == expected
 
 

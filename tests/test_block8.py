@@ -193,6 +193,18 @@ def test_entries_beyond_the_edges_take_no_part(dtype: torch.dtype, device: torch
     assert not ops.block8_sddmm(dy, x, crow, col)[~inside].any()
 
 
+def test_cuda_refuses_what_its_tensor_cores_do_not_take(gpu: torch.device) -> None:
+    crow, col, x, dy = CROW.to(gpu), COL.to(gpu), torch.ones(3, M, device=gpu), torch.ones(3, N, device=gpu)
+    values = torch.ones(BLOCKS, 8, 8, device=gpu)
+    for call_it in (
+        lambda: ops.block8_spmm(x, values, crow, col, N),
+        lambda: ops.block8_spmm_t(dy, values, crow, col, M),
+        lambda: ops.block8_sddmm(dy, x, crow, col),
+    ):
+        with pytest.raises(RuntimeError, match="CUDA tensors must be bfloat16 or float16, got float32"):
+            call_it()
+
+
 def test_wrappers_are_the_ops() -> None:
     x, dy, values = torch.randn(3, M), torch.randn(3, N), torch.randn(BLOCKS, 8, 8)
     for got, want in (

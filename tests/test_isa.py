@@ -14,7 +14,9 @@ TESTS = Path(__file__).parent
 FILES = [
     "test_attention.py",
     "test_attention_states.py",
+    "test_block8.py",
     "test_lowrank.py",
+    "test_lowrank_shared.py",
     "test_project.py",
     "test_project_quant.py",
     "test_project_random.py",

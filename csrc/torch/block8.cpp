@@ -5,6 +5,7 @@
 
 #include "torch/panels.h"
 #ifdef SLKERNELS_WITH_CUDA
+#include "torch/gemm.h"
 #include "torch/stream.h"
 #endif
 
@@ -74,7 +75,9 @@ void multiply_cuda(const char* op, const Blocks& s, const Tensor& values, const 
   check_cuda(op, cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   check_cuda(op, cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   const cuda::Block8Plan plan = cuda::plan_block8(x.size(0), s.grid, shared_bytes, multiprocessors);
-  const Tensor v = as_contiguous(values);
+  // A lane reads two neighbouring values at once: not from a view that starts at an odd element.
+  const int64_t flat[2] = {s.grid.nnz, kBlock};
+  const Tensor v = with_aligned_rows(torch::stable::view(as_contiguous(values), {flat, 2}));
   const Tensor partial = empty_like_shape(x, {plan.partial(x.size(0), s.grid.n)}, ScalarType::Float);
   const torch::stable::accelerator::DeviceGuard guard(device);
   check_cuda(op, cuda::launch_block8_spmm(dtype_of(op, "x", x), plan, s, v.const_data_ptr(), as_matrix(x), as_matrix(y),
