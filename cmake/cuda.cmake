@@ -52,7 +52,6 @@ list(FILTER sm90_sources INCLUDE REGEX "_sm90\\.cu$")
 list(FILTER cuda_sources EXCLUDE REGEX "_sm90\\.cu$")
 add_library(slkernels_cuda_sm90 OBJECT ${sm90_sources})
 set_target_properties(slkernels_cuda_sm90 PROPERTIES CUDA_ARCHITECTURES 90a)
-<<<<<<< HEAD
 
 # CUTLASS instances, all of them for sm_90a. One takes more than a minute and 5 GB to compile: with Ninja, as many at once
 # as have 12 GB of this machine each.
@@ -69,13 +68,9 @@ target_include_directories(slkernels_cutlass SYSTEM PRIVATE ${SLKERNELS_CUTLASS_
 
 add_library(slkernels_cuda STATIC ${cuda_sources} $<TARGET_OBJECTS:slkernels_cuda_sm90>
             $<TARGET_OBJECTS:slkernels_cutlass>)
-foreach(target slkernels_cuda slkernels_cuda_sm90 slkernels_cutlass)
-=======
-add_library(slkernels_cuda STATIC ${cuda_sources} $<TARGET_OBJECTS:slkernels_cuda_sm90>)
 # -lineinfo, for profilers, puts the text of the PTX beside the machine code, which makes up more than half of an
 # uncompressed binary. Compressed, all images take a seventh, and the runtime unpacks a module when it loads it.
-foreach(target slkernels_cuda slkernels_cuda_sm90)
->>>>>>> lowrank2
+foreach(target slkernels_cuda slkernels_cuda_sm90 slkernels_cutlass)
   target_include_directories(${target} PUBLIC include PRIVATE csrc)
   target_include_directories(${target} SYSTEM INTERFACE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
   target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -lineinfo -Xfatbin=-compress-all

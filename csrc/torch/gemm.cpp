@@ -20,7 +20,7 @@ void check_gemm(const Tensor& a, const Tensor& b, const std::string& kernel) {
         kernel);
 }
 
-Tensor gemm_cpu(const Tensor& a, const Tensor& b, std::string kernel) {
+Tensor gemm_cpu(const Tensor& a, const Tensor& b, Text kernel) {
   check_gemm(a, b, kernel);
   check(kernel == "auto", kOp, "kernel ", kernel, " needs CUDA tensors");
   const Tensor c = empty_like_shape(a, {a.size(0), b.size(0)});
@@ -30,7 +30,7 @@ Tensor gemm_cpu(const Tensor& a, const Tensor& b, std::string kernel) {
 
 #ifdef SLKERNELS_WITH_CUDA
 
-Tensor gemm_cuda(const Tensor& a, const Tensor& b, std::string kernel) {
+Tensor gemm_cuda(const Tensor& a, const Tensor& b, Text kernel) {
   check_gemm(a, b, kernel);
   const int32_t device = a.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);

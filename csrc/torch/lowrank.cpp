@@ -108,7 +108,7 @@ void check_gate(const std::optional<Tensor>& gate, int64_t rank, const Tensor& x
 
 // (y, z): z = x A^T is what backward needs besides the inputs.
 std::tuple<Tensor, Tensor> lowrank_linear_forward(const Tensor& x, const Tensor& A, const Tensor& B, double alpha,
-                                                  std::optional<Tensor> gate, std::string activation,
+                                                  std::optional<Tensor> gate, Text activation,
                                                   std::optional<Tensor> bias, std::optional<Tensor> base) {
   const char* op = "lowrank_linear";
   const Activation f = activation_of(activation);
@@ -137,8 +137,8 @@ std::tuple<Tensor, Tensor> lowrank_linear_forward(const Tensor& x, const Tensor&
 // Gradients of x, A, B, gate and base; an empty tensor stands for one that is not asked for.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lowrank_linear_backward(
     const Tensor& dy, const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& z, double alpha,
-    std::optional<Tensor> gate, std::string activation, std::optional<Tensor> base, bool need_x, bool need_a,
-    bool need_b, bool need_gate, bool need_base) {
+    std::optional<Tensor> gate, Text activation, std::optional<Tensor> base, bool need_x, bool need_a, bool need_b,
+    bool need_gate, bool need_base) {
   const char* op = "lowrank_linear_backward";
   const Activation f = activation_of(activation);
   const Tensor dy2 = as_tokens(op, "dy", dy, B.size(0)), x2 = as_tokens(op, "x", x, A.size(1));
@@ -178,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lowrank_linear_backward(
 
 // The public op: _lowrank_linear without z. Composite, so that autograd sees the op that returns z and can keep it.
 Tensor lowrank_linear(const Tensor& x, const Tensor& A, const Tensor& B, double alpha, std::optional<Tensor> gate,
-                      std::string activation, std::optional<Tensor> bias, std::optional<Tensor> base) {
+                      Text activation, std::optional<Tensor> bias, std::optional<Tensor> base) {
   using torch::stable::detail::from;
   std::array<StableIValue, 8> stack{from(x),    from(A),          from(B),    from(alpha),
                                     from(gate), from(activation), from(bias), from(base)};

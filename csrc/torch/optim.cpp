@@ -9,7 +9,7 @@ using cpu::StepTensor;
 
 void adam_q_(Tensors params, Tensors grads, Tensors m, Tensors m_scale, Tensors v, Tensors v_scale, Tensors master_lo,
              const Tensor& step, const Tensor& lr, double beta1, double beta2, double eps, double weight_decay,
-             bool decoupled, std::string codec, int64_t block, OptionalTensor grad_scale, OptionalTensor found_inf,
+             bool decoupled, Text codec, int64_t block, OptionalTensor grad_scale, OptionalTensor found_inf,
              int64_t round_mode, OptionalTensor rng, OptionalTensor nonfinite) {
   constexpr const char* op = "adam_q_";
   const StepLists lists = {
@@ -25,7 +25,7 @@ void adam_q_(Tensors params, Tensors grads, Tensors m, Tensors m_scale, Tensors 
 }
 
 void adam_q_dir_(Tensors grads, Tensors m, Tensors m_scale, Tensors v, Tensors v_scale, Tensors out, const Tensor& step,
-                 double beta1, double beta2, double eps, std::string codec, int64_t block, OptionalTensor grad_scale,
+                 double beta1, double beta2, double eps, Text codec, int64_t block, OptionalTensor grad_scale,
                  OptionalTensor found_inf, OptionalTensor nonfinite) {
   constexpr const char* op = "adam_q_dir_";
   const Tensors none;
@@ -41,7 +41,7 @@ void adam_q_dir_(Tensors grads, Tensors m, Tensors m_scale, Tensors v, Tensors v
 void ademamix_q_(Tensors params, Tensors grads, Tensors m, Tensors m_scale, Tensors m_slow, Tensors m_slow_scale,
                  Tensors v, Tensors v_scale, Tensors master_lo, const Tensor& step, const Tensor& lr,
                  const Tensor& beta3, const Tensor& alpha, double beta1, double beta2, double eps, double weight_decay,
-                 bool decoupled, std::string codec, int64_t block, OptionalTensor grad_scale, OptionalTensor found_inf,
+                 bool decoupled, Text codec, int64_t block, OptionalTensor grad_scale, OptionalTensor found_inf,
                  int64_t round_mode, OptionalTensor rng, OptionalTensor nonfinite) {
   constexpr const char* op = "ademamix_q_";
   const StepLists lists = {op,
@@ -66,9 +66,9 @@ Rule rule_of(const char* op, const std::string& name) {
 }
 
 void momentum_q_(Tensors params, Tensors grads, Tensors m, Tensors m_scale, Tensors master_lo, const Tensor& step,
-                 const Tensor& lr, double beta1, double beta2, double weight_decay, std::string rule_name,
-                 std::string codec, int64_t block, OptionalTensor grad_scale, OptionalTensor found_inf,
-                 int64_t round_mode, OptionalTensor rng, OptionalTensor nonfinite) {
+                 const Tensor& lr, double beta1, double beta2, double weight_decay, Text rule_name, Text codec,
+                 int64_t block, OptionalTensor grad_scale, OptionalTensor found_inf, int64_t round_mode,
+                 OptionalTensor rng, OptionalTensor nonfinite) {
   constexpr const char* op = "momentum_q_";
   const Rule rule = rule_of(op, rule_name);
   const StepLists lists = {op, params, grads, {{"m", "m_scale", m, m_scale, &StepTensor::m, false}}, master_lo, false};

@@ -10,7 +10,6 @@
 
 namespace slk::optim {
 
-
 inline int64_t grain_blocks(int64_t block) {
   constexpr int64_t kGrainElements = 16384;  // that are worth another thread
   return std::max<int64_t>(1, kGrainElements / block);

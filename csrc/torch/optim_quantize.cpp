@@ -4,7 +4,7 @@
 namespace slk::optim {
 namespace {
 
-std::tuple<Tensor, Tensor> quantize_block(const Tensor& x, std::string codec_name, int64_t block, int64_t round_mode,
+std::tuple<Tensor, Tensor> quantize_block(const Tensor& x, Text codec_name, int64_t block, int64_t round_mode,
                                           std::optional<Tensor> rng) {
   constexpr const char* op = "quantize_block";
   const Codec codec = codec_of(op, codec_name, false);
@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> quantize_block(const Tensor& x, std::string codec_nam
   return {codes, scale};
 }
 
-Tensor dequantize_block(const Tensor& codes, const Tensor& scale, std::string codec_name, int64_t block,
+Tensor dequantize_block(const Tensor& codes, const Tensor& scale, Text codec_name, int64_t block,
                         std::optional<ScalarType> out_type, std::optional<int64_t> numel) {
   constexpr const char* op = "dequantize_block";
   const Codec codec = codec_of(op, codec_name, false);

@@ -98,7 +98,7 @@ Tensor squares_cpu(const Call& c, const Tensor& x) {
 }
 
 void apollo_cpu(const Tensor& W, const Tensor& G, const Tensor& N, const Tensor& R, const Tensor& norm,
-                const Tensor& lr, std::string side, std::string kind, double alpha, double limiter, double weight_decay,
+                const Tensor& lr, Text side, Text kind, double alpha, double limiter, double weight_decay,
                 MaybeTensor left, MaybeTensor right, MaybeTensor found_inf, int64_t round_mode, MaybeTensor rng) {
   const UpdateOptions options = {lr, alpha, weight_decay, found_inf, round_mode, rng};
   const Call c = check_call(W, G, N, R, norm, side, kind, left, right, options);
@@ -143,9 +143,8 @@ Tensor squares_cuda(const Call& c, const Tensor& x, cudaStream_t stream) {
 }
 
 void apollo_cuda(const Tensor& W, const Tensor& G, const Tensor& N, const Tensor& R, const Tensor& norm,
-                 const Tensor& lr, std::string side, std::string kind, double alpha, double limiter,
-                 double weight_decay, MaybeTensor left, MaybeTensor right, MaybeTensor found_inf, int64_t round_mode,
-                 MaybeTensor rng) {
+                 const Tensor& lr, Text side, Text kind, double alpha, double limiter, double weight_decay,
+                 MaybeTensor left, MaybeTensor right, MaybeTensor found_inf, int64_t round_mode, MaybeTensor rng) {
   const UpdateOptions options = {lr, alpha, weight_decay, found_inf, round_mode, rng};
   const Call c = check_call(W, G, N, R, norm, side, kind, left, right, options);
   if (W.numel() == 0) return;

@@ -86,7 +86,7 @@ void few_rows_cpu(const Tensor& P, const Tensor& G, Side side, const Tensor& R) 
   torch::stable::copy_(to, side == Side::left ? sums : t2(sums));
 }
 
-Tensor rand_project(const Tensor& G, const Tensor& seed, int64_t rank, std::string side_name) {
+Tensor rand_project(const Tensor& G, const Tensor& seed, int64_t rank, Text side_name) {
   constexpr const char* op = "rand_project";
   check_matrix(op, "G", G);
   dtype_of(op, "G", G);
@@ -119,7 +119,7 @@ Tensor rand_project(const Tensor& G, const Tensor& seed, int64_t rank, std::stri
 // ---- rand_project_back ----------------------------------------------------------------------------------------------
 
 // By columns of P: each result is one sum, rounded once.
-Tensor rand_project_back(const Tensor& R, const Tensor& seed, int64_t size, std::string side_name) {
+Tensor rand_project_back(const Tensor& R, const Tensor& seed, int64_t size, Text side_name) {
   constexpr const char* op = "rand_project_back";
   check_matrix(op, "R", R);
   dtype_of(op, "R", R);

@@ -127,7 +127,7 @@ Tensor left_vectors(const Tensor& X, int64_t rank, int64_t oversample, int64_t i
 }
 
 Tensor randomized_range(const Tensor& G, int64_t rank, const Tensor& seed, int64_t oversample, int64_t iters,
-                        std::string side_name) {
+                        Text side_name) {
   check_matrix(kOp, "G", G);
   float_type(kOp, "G", G);
   check_seed(kOp, seed, &G);

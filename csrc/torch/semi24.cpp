@@ -165,7 +165,7 @@ namespace {
 
 // ---- prune24, prune_compress24 --------------------------------------------------------------------------------------
 
-Tensor prune24(const Tensor& W, std::string by, MaybeTensor score) {
+Tensor prune24(const Tensor& W, Text by, MaybeTensor score) {
   constexpr const char* op = "prune24";
   const Scored in = check_scored(op, W, score, Layout24::plain);
   const Prune24 how = prune24_of(op, by);
@@ -199,8 +199,8 @@ struct BothWays {
   std::tuple<Tensor, Tensor, Tensor, Tensor> tensors() const { return {t.values, t.meta, t_t.values, t_t.meta}; }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> prune_compress24(const Tensor& W, std::string by, MaybeTensor score,
-                                                            std::string layout_name) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> prune_compress24(const Tensor& W, Text by, MaybeTensor score,
+                                                            Text layout_name) {
   constexpr const char* op = "prune_compress24";
   const Layout24 layout = layout24_of(op, "layout", layout_name);
   const Scored in = check_scored(op, W, score, layout);
@@ -221,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prune_compress24(const Tensor& W, std
   return out.tensors();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> relu2_prune24(const Tensor& x, std::string layout_name) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> relu2_prune24(const Tensor& x, Text layout_name) {
   constexpr const char* op = "relu2_prune24";
   const Layout24 layout = layout24_of(op, "layout", layout_name);
   check(x.dim() == 2, op, "x must be [tokens, m], got ", slk::show(x));
@@ -237,7 +237,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> relu2_prune24(const Tensor& x, std::s
 
 // ---- compress24, decompress24 ---------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> compress24(const Tensor& W, const Tensor& mask, std::string layout_name, bool validate) {
+std::tuple<Tensor, Tensor> compress24(const Tensor& W, const Tensor& mask, Text layout_name, bool validate) {
   constexpr const char* op = "compress24";
   const Layout24 layout = layout24_of(op, "layout", layout_name);
   const Tensor w = check_scored(op, W, std::nullopt, layout).W;
@@ -267,7 +267,7 @@ std::tuple<Tensor, Tensor> compress24(const Tensor& W, const Tensor& mask, std::
   return {t.values, t.meta};
 }
 
-Tensor decompress24(const Tensor& values, const Tensor& meta, int64_t n, int64_t m, std::string layout_name) {
+Tensor decompress24(const Tensor& values, const Tensor& meta, int64_t n, int64_t m, Text layout_name) {
   constexpr const char* op = "decompress24";
   const Layout24 layout = layout24_of(op, "layout", layout_name);
   const PackedTensors24 t = check_packed24(op, values, meta, n, m, layout);
@@ -288,7 +288,7 @@ Tensor decompress24(const Tensor& values, const Tensor& meta, int64_t n, int64_t
 
 // ---- mask_of24, check24 ---------------------------------------------------------------------------------------------
 
-Tensor mask_of24(const Tensor& meta, int64_t n, int64_t m, std::string layout_name) {
+Tensor mask_of24(const Tensor& meta, int64_t n, int64_t m, Text layout_name) {
   constexpr const char* op = "mask_of24";
   const Layout24 layout = layout24_of(op, "layout", layout_name);
   const Tensor codes = check_meta24(op, "meta", meta, n, m, layout);
@@ -306,7 +306,7 @@ Tensor mask_of24(const Tensor& meta, int64_t n, int64_t m, std::string layout_na
   return mask;
 }
 
-void check24(const Tensor& meta, int64_t n, int64_t m, std::string layout_name) {
+void check24(const Tensor& meta, int64_t n, int64_t m, Text layout_name) {
   constexpr const char* op = "check24";
   const Layout24 layout = layout24_of(op, "layout", layout_name);
   const Tensor codes = check_meta24(op, "meta", meta, n, m, layout);
@@ -326,8 +326,8 @@ void check24(const Tensor& meta, int64_t n, int64_t m, std::string layout_name) 
 
 // ---- convert24 ------------------------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> convert24(const Tensor& values, const Tensor& meta, int64_t n, int64_t m,
-                                     std::string source_name, std::string target_name) {
+std::tuple<Tensor, Tensor> convert24(const Tensor& values, const Tensor& meta, int64_t n, int64_t m, Text source_name,
+                                     Text target_name) {
   constexpr const char* op = "convert24";
   const Layout24 source = layout24_of(op, "source", source_name), target = layout24_of(op, "target", target_name);
   check_dtype(op, "values", values, target);

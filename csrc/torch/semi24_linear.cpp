@@ -124,7 +124,7 @@ Tensor linear24_plain(const char* op, const Tensor& x, const Tensor& values, con
 }
 
 Tensor linear24(const Tensor& x, const Tensor& values, const Tensor& meta, int64_t n, std::optional<Tensor> bias,
-                std::string activation) {
+                Text activation) {
   return linear24_plain("linear24", x, values, meta, n, bias, activation);
 }
 
@@ -211,21 +211,21 @@ Tensor linear24_any(const char* op, const Tensor& x, const Tensor& values, const
   return linear24_plain(op, x, v, codes, n, bias, activation);
 }
 
-Tensor linear24_packed(const Tensor& x, const Tensor& values, const Tensor& meta, int64_t n, std::string layout,
-                       std::optional<Tensor> bias, std::string activation) {
+Tensor linear24_packed(const Tensor& x, const Tensor& values, const Tensor& meta, int64_t n, Text layout,
+                       std::optional<Tensor> bias, Text activation) {
   return linear24_any("linear24_packed", x, values, meta, n, layout, bias, activation);
 }
 
 // The transposed pack and the dense weight matter in backward only.
 Tensor linear24_train(const Tensor& x, const Tensor& values, const Tensor& meta, const Tensor& values_t,
-                      const Tensor& meta_t, int64_t n, std::optional<Tensor> bias, std::string activation,
-                      std::optional<Tensor> weight, std::string layout) {
+                      const Tensor& meta_t, int64_t n, std::optional<Tensor> bias, Text activation,
+                      std::optional<Tensor> weight, Text layout) {
   const char* op = "linear24_train";
   check_train24(op, x, values_t, meta_t, n, layout24_of(op, "layout", layout), weight);
   return linear24_any(op, x, values, meta, n, layout, bias, activation);
 }
 
-Tensor dw_compress24(const Tensor& dy, const Tensor& x, const Tensor& meta, std::string layout) {
+Tensor dw_compress24(const Tensor& dy, const Tensor& x, const Tensor& meta, Text layout) {
   const char* op = "dw_compress24";
   const Layout24 kind = layout24_of(op, "layout", layout);
   if (kind == Layout24::plain) return grad_w_plain(op, dy, x, meta);

@@ -153,20 +153,20 @@ Tensor product(const char* op, const Tensor& x, const Tensor& values, const Tens
 }
 
 Tensor linear24(const Tensor& x, const Tensor& values, const Tensor& meta, int64_t n, std::optional<Tensor> bias,
-                std::string activation) {
+                Text activation) {
   return product("linear24", x, values, meta, n, Layout24::plain, bias, activation);
 }
 
-Tensor linear24_packed(const Tensor& x, const Tensor& values, const Tensor& meta, int64_t n, std::string layout,
-                       std::optional<Tensor> bias, std::string activation) {
+Tensor linear24_packed(const Tensor& x, const Tensor& values, const Tensor& meta, int64_t n, Text layout,
+                       std::optional<Tensor> bias, Text activation) {
   const char* op = "linear24_packed";
   return product(op, x, values, meta, n, layout24_of(op, "layout", layout), bias, activation);
 }
 
 // The transposed pack and the dense weight matter in backward only.
 Tensor linear24_train(const Tensor& x, const Tensor& values, const Tensor& meta, const Tensor& values_t,
-                      const Tensor& meta_t, int64_t n, std::optional<Tensor> bias, std::string activation,
-                      std::optional<Tensor> weight, std::string layout) {
+                      const Tensor& meta_t, int64_t n, std::optional<Tensor> bias, Text activation,
+                      std::optional<Tensor> weight, Text layout) {
   const char* op = "linear24_train";
   const Layout24 kind = layout24_of(op, "layout", layout);
   check_train24(op, x, values_t, meta_t, n, kind, weight);
@@ -212,7 +212,7 @@ void panels_dw(const char* op, const Device& device, const Tensor& dy, const Ten
   }
 }
 
-Tensor dw_compress24(const Tensor& dy, const Tensor& x, const Tensor& meta, std::string layout_name) {
+Tensor dw_compress24(const Tensor& dy, const Tensor& x, const Tensor& meta, Text layout_name) {
   const char* op = "dw_compress24";
   const Layout24 layout = layout24_of(op, "layout", layout_name);
   check_float(op, "x", x);

@@ -112,7 +112,7 @@ Tensor forward(const Layer& layer, Path path, const Tensor& x, const Tensor* bia
 }
 
 Tensor sl_linear(const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& values, const Tensor& crow,
-                 const Tensor& col, double alpha, std::optional<Tensor> bias, std::string path, bool validate,
+                 const Tensor& col, double alpha, std::optional<Tensor> bias, Text path, bool validate,
                  std::optional<Tensor> weight) {
   const char* op = "sl_linear";
   const Layer layer = check_layer(op, x, A, B, values, crow, col, alpha, weight, validate);
@@ -172,7 +172,7 @@ void compose_backward(const Layer& layer, const Tensor& dy, const Tensor& x, Nee
 // Gradients of x, A, B and values.
 std::tuple<Tensor, Tensor, Tensor, Tensor> sl_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& A,
                                                               const Tensor& B, const Tensor& values, const Tensor& crow,
-                                                              const Tensor& col, double alpha, std::string path,
+                                                              const Tensor& col, double alpha, Text path,
                                                               std::optional<Tensor> weight, bool need_x,
                                                               bool need_factors, bool need_values) {
   const char* op = "_sl_linear_backward";

@@ -95,7 +95,7 @@ namespace {
 // compose by the tensor-core kernel that adds S in its epilogue, in place of cuBLAS and scatter_add: bf16, even rows of
 // W.
 Tensor compose_tile(const Tensor& values, const Tensor& crow, const Tensor& col, int64_t m, const Tensor& A,
-                    const Tensor& B, double alpha, std::string kernel) {
+                    const Tensor& B, double alpha, Text kernel) {
   constexpr const char* op = "_compose_tile";
   check(crow.dim() == 1 && crow.size(0) >= 1, op, "crow must be [n + 1], got ", show(crow));
   const int64_t n = crow.size(0) - 1;

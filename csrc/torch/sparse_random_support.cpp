@@ -110,7 +110,7 @@ Device device_or_cpu(std::optional<Device> device) {
   return device ? *device : Device(DeviceType::CPU);
 }
 
-std::tuple<Tensor, Tensor> random_support(int64_t n, int64_t m, double density, int64_t seed, std::string kind,
+std::tuple<Tensor, Tensor> random_support(int64_t n, int64_t m, double density, int64_t seed, Text kind,
                                           std::optional<Device> device) {
   const char* op = "random_support";
   const Device target = device_or_cpu(device);

@@ -30,6 +30,36 @@ using torch::stable::Tensor;
 using Shape = std::vector<int64_t>;
 using Tensors = std::vector<Tensor>;
 
+// An op's argument of type str. torch's own conversion to std::string (as of 2.14) leaves a string behind on the heap
+// at every call.
+struct Text : std::string {
+  using std::string::string;
+};
+
+}  // namespace slk
+
+template <>
+struct torch::stable::detail::ToImpl<slk::Text> {
+  static slk::Text call(StableIValue value, uint64_t, bool) {
+    const StringHandle handle = to<StringHandle>(value);  // ours to delete
+    size_t length = 0;
+    const char* data = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    slk::Text text(data, length);
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return text;
+  }
+};
+template <>
+struct torch::stable::detail::FromImpl<slk::Text> {
+  static StableIValue call(const slk::Text& text, uint64_t version, bool is_internal) {
+    return FromImpl<std::string>::call(text, version, is_internal);
+  }
+};
+
+namespace slk {
+
 // ---- errors -------------------------------------------------------------------------------------------------------
 
 inline std::string show(const Tensor& t) {
