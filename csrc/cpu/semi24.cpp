@@ -14,6 +14,9 @@ namespace slk::cpu::SLK_ISA {
 namespace {
 
 constexpr int kSide = 4 * kLanes;  // rows and columns of a block
+// Columns over which all rows are packed before the next ones: their rows of W_t, a page each, stay in the TLB.
+constexpr int64_t kPanelColumns = 512;
+static_assert(kPanelColumns % kSide == 0, "panels of whole blocks");
 static_assert(kTileRows24 % kLanes == 0, "threads share no block");
 
 // ---- elements -------------------------------------------------------------------------------------------------------
@@ -192,12 +195,23 @@ SLK_INLINE void put_nibble(uint8_t* bytes, int at, int code) {
   bytes[at / 2] = uint8_t((bytes[at / 2] & ~(15 << shift)) | code << shift);
 }
 
+// Brings `bytes` bytes from p to the second-level cache.
+SLK_INLINE void prefetch(const void* p, int bytes) {
+  for (int b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(p) + b, 0, 2);
+}
+
 template <class T, Prune24 kBy>
 void pack_block(const T* w, const T* score, int64_t ld, Block<T>& block) {
   constexpr bool kHalf = sizeof(T) == 2;
   VI first_t[4][kLanes], second_t[4][kLanes];  // [column of the tile][tile row]; 16-bit pairs in first_t
   alignas(64) uint8_t codes_t[kLanes][kSide];
   for (int i = 0; i < kLanes; ++i) {
+    // The next block's: its rows are too far apart for the hardware to see them coming.
+    for (int r = 4 * i; r < 4 * i + 4; ++r) {
+      prefetch(w + r * ld + kSide, kSide * sizeof(T));
+      prefetch(block.rows.values + r * block.rows.ld + kSide / 2, kSide / 2 * sizeof(T));
+      prefetch(block.columns.values + (kSide + r) * block.columns.ld, kSide / 2 * sizeof(T));
+    }
     VI tile[4][4];
     load_tiles(score + 4 * i * ld, ld, tile);
     const Words<VI> kept = prune_tile<T, kBy, VI>(tile);
@@ -289,11 +303,13 @@ void put_meta(const Packed24& pack, const uint8_t (&meta)[kSide][kLanes / 2], in
       for (int i = 0; i < count; ++i) std::memcpy(out + i * bytes, meta[i], (columns + 7) / 8);
     return;
   }
-  uint16_t* out = static_cast<uint16_t*>(pack.meta);
-  const int64_t rows = pack.rows();
-  for (int64_t word = 0; word < (columns + 15) / 16; ++word)
-    for (int i = 0; i < count; ++i)
-      std::memcpy(out + packed_word24(pack.layout, row + i, column / 16 + word, rows), meta[i] + 2 * word, 2);
+  int64_t at[kSide / 16];
+  const int words = (columns + 15) / 16;
+  for (int word = 0; word < words; ++word) at[word] = packed_column24(pack.layout, column / 16 + word, pack.rows());
+  for (int i = 0; i < count; ++i) {
+    uint16_t* out = static_cast<uint16_t*>(pack.meta) + packed_row24(pack.layout, row + i);
+    for (int word = 0; word < words; ++word) std::memcpy(out + at[word], meta[i] + 2 * word, 2);
+  }
 }
 
 template <class T, Prune24 kBy>
@@ -302,23 +318,25 @@ void pack_tiles(const T* w, const T* score, Range tiles, const Packed24& pack, c
   Block<T> block;
   block.rows.ld = pack.row_values();
   block.columns.ld = pack_t.row_values();
-  for (int64_t i = 4 * tiles.begin; i < n && i < 4 * tiles.end; i += kSide)
-    for (int64_t j = 0; j < m; j += kSide) {
-      const int64_t at = i * m + j;
-      const int height = int(n - i < kSide ? n - i : kSide), width = int(m - j < kSide ? m - j : kSide);
-      block.rows.values = static_cast<T*>(pack.values) + i * block.rows.ld + j / 2;
-      block.columns.values = static_cast<T*>(pack_t.values) + j * block.columns.ld + i / 2;
-      if constexpr (std::is_same_v<T, double>) {
-        pack_edge<T, kBy>(w + at, score + at, m, height, width, block);
-      } else {
-        if (height == kSide && width == kSide)
-          pack_block<T, kBy>(w + at, score + at, m, block);
-        else
+  const int64_t end = n < 4 * tiles.end ? n : 4 * tiles.end;
+  for (int64_t panel = 0; panel < m; panel += kPanelColumns)
+    for (int64_t i = 4 * tiles.begin; i < end; i += kSide)
+      for (int64_t j = panel; j < m && j < panel + kPanelColumns; j += kSide) {
+        const int64_t at = i * m + j;
+        const int height = int(n - i < kSide ? n - i : kSide), width = int(m - j < kSide ? m - j : kSide);
+        block.rows.values = static_cast<T*>(pack.values) + i * block.rows.ld + j / 2;
+        block.columns.values = static_cast<T*>(pack_t.values) + j * block.columns.ld + i / 2;
+        if constexpr (std::is_same_v<T, double>) {
           pack_edge<T, kBy>(w + at, score + at, m, height, width, block);
+        } else {
+          if (height == kSide && width == kSide)
+            pack_block<T, kBy>(w + at, score + at, m, block);
+          else
+            pack_edge<T, kBy>(w + at, score + at, m, height, width, block);
+        }
+        put_meta(pack, block.rows.meta, i, height, j, width);
+        put_meta(pack_t, block.columns.meta, j, width, i, height);
       }
-      put_meta(pack, block.rows.meta, i, height, j, width);
-      put_meta(pack_t, block.columns.meta, j, width, i, height);
-    }
 }
 
 // ---- the table ------------------------------------------------------------------------------------------------------

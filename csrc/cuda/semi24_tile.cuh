@@ -89,6 +89,24 @@ struct Tile16 {
     }
     return t;
   }
+  // The same of registers of which only the tops of their halves count.
+  __device__ Tile16 transposed_tops() const {
+    Tile16 t;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const uint32_t (&from)[4] = c < 2 ? left : right;
+      const uint32_t selector = c % 2 ? 0x7733 : 0x5511;
+      t.left[c] = ptx::prmt(from[0], from[1], selector);
+      t.right[c] = ptx::prmt(from[2], from[3], selector);
+    }
+    return t;
+  }
+  // What rank24 makes of two elements, up to a monotone map: every NaN becomes 0x7fff.
+  __device__ static uint32_t ranks(uint32_t pair) {
+    using Two = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, __nv_bfloat162, __half2>;
+    const Two a = __hmax2_nan(__habs2(reinterpret_cast<const Two&>(pair)), Two(T(0.0f), T(0.0f)));
+    return reinterpret_cast<const uint32_t&>(a);
+  }
   // Zeros where `word` has a 0 at bit 4 row + column.
   __device__ void keep(uint32_t word) {
 #pragma unroll
@@ -161,6 +179,65 @@ using Four24 = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
 
 // ---- pruning --------------------------------------------------------------------------------------------------------
 
+// By rows, of elements of 16 bits: by_rows24 and again_by_columns24 for two rows or columns at once, one in each half
+// of a register. Halves hold 15 bits of rank, so that (a | 0x8000) - b has its top bit set where a >= b, and no half
+// borrows of the other.
+constexpr uint32_t kTops = 0x80008000u;
+
+// Tops set for those of four that less than two others beat; ij: i is not beaten by j.
+__device__ inline void two_of_four(uint32_t d01, uint32_t d02, uint32_t d03, uint32_t d12, uint32_t d13, uint32_t d23,
+                                   uint32_t (&kept)[4]) {
+  kept[0] = majority24(d01, d02, d03);
+  kept[1] = majority24(~d01, d12, d13);
+  kept[2] = majority24(~d02, ~d12, d23);
+  kept[3] = majority24(~d03, ~d13, ~d23);
+}
+// The tops of four registers as four bits in either half.
+__device__ inline uint32_t nibbles(const uint32_t (&kept)[4]) {
+  return (kept[0] >> 15 & 0x00010001u) | (kept[1] >> 14 & 0x00020002u) | (kept[2] >> 13 & 0x00040004u) |
+         (kept[3] >> 12 & 0x00080008u);
+}
+// Of two registers' nibbles, a word: those of the first register come first.
+__device__ inline int word_of(uint32_t first, uint32_t second) {
+  const uint32_t both = first | second << 8;
+  return int((both | both >> 12) & 0xffffu);
+}
+
+template <class T>
+__device__ Tile24 prune_rows(const Tile16<T>& score) {
+  Tile16<T> rank;  // rank[row]: columns in halves; and by_column[column]: rows in halves
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    rank.left[r] = Tile16<T>::ranks(score.left[r]);
+    rank.right[r] = Tile16<T>::ranks(score.right[r]);
+  }
+  const Tile16<T> by_column = rank.transposed();
+  Tile16<T> kept_columns;
+  uint32_t found[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t (&x)[4] = half ? by_column.right : by_column.left;
+    const auto holds = [&](int i, int j) { return (x[i] | kTops) - x[j]; };
+    two_of_four(holds(0, 1), holds(0, 2), holds(0, 3), holds(1, 2), holds(1, 3), holds(2, 3),
+                half ? kept_columns.right : kept_columns.left);
+    found[half] = nibbles(half ? kept_columns.right : kept_columns.left);
+  }
+  const int word = word_of(found[0], found[1]);
+
+  // Again, by columns: what is kept beats what is not; of two that are not, the first.
+  const Tile16<T> kept = kept_columns.transposed_tops();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t (&x)[4] = half ? rank.right : rank.left;
+    const uint32_t (&k)[4] = half ? kept.right : kept.left;
+    const auto holds = [&](int i, int j) { return ~k[j] | (k[i] & ((x[i] | kTops) - x[j])); };
+    uint32_t slots[4];
+    two_of_four(holds(0, 1), holds(0, 2), holds(0, 3), holds(1, 2), holds(1, 3), holds(2, 3), slots);
+    found[half] = nibbles(slots);
+  }
+  return {word, word, word_of(found[0], found[1])};
+}
+
 // What a tile keeps, and the slots of its packs, as in Tile24.
 template <bool kTransposable, class AnyTile>
 __device__ Tile24 prune_tile(const AnyTile& score) {
@@ -169,6 +246,8 @@ __device__ Tile24 prune_tile(const AnyTile& score) {
     score.magnitudes(magnitude);
     const int word = best24<int>(magnitude);
     return {word, word, transpose24(word)};
+  } else if constexpr (sizeof(AnyTile) < sizeof(Tile32)) {
+    return prune_rows(score);
   } else {
     int rank[4][4];
 #pragma unroll

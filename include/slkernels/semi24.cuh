@@ -16,25 +16,43 @@ SLK_PER_ISA {
   // ---- where metadata lie
   // ---------------------------------------------------------------------------------------------
 
-  // Both packed layouts permute the plain format's words of four groups (16 bits, first group lowest). The offset, in
-  // such words, of word `word` of row `row`; `rows` is the padded row count.
-  SLK_SEMI24 constexpr int64_t sm80_word24(int64_t row, int64_t word, int64_t rows) {
-    // CUTLASS' reorder_meta interleaves the rows r, r + 8, r + 16, r + 24 of 32, then transposes 2 x 2 blocks of words.
+  // Both packed layouts permute the plain format's words of four groups (16 bits, first group lowest). The offset of a
+  // word, in words, is a sum of one part for its row and one for its place in the row; `rows` is the padded row count.
+
+  // CUTLASS 2.x' reorder_meta interleaves the rows r, r + 8, r + 16, r + 24 of 32, then transposes 2 x 2 blocks of
+  // words.
+  SLK_SEMI24 constexpr int64_t sm80_row24(int64_t row) {
     const int64_t i = row / 32 * 32 + row % 8 * 4 + row % 32 / 8;
-    return word / 2 * 2 * rows + 2 * (i - i % 2) + 2 * (word % 2) + i % 2;
+    return 2 * i - i % 2;
   }
-  template <class I>
-  SLK_SEMI24 constexpr I sm90_word24(I row, I word, I rows) {
-    // Atoms of 64 rows x kSm90TileK columns, down a column of atoms first. In an atom, fastest first: row bit 3, column
-    // bits 5 and up, row bits 0-2, column bit 4, row bits 4-5. (Column bits 0-3 are within the word.)
-    constexpr I words = kSm90TileK / 16, blocks = words / 2;
-    const int64_t w = word % words;
-    const int64_t inside = row / 8 % 2 + 2 * (w / 2 + blocks * (row % 8 + 8 * (w % 2 + 2 * (row / 16 % 4))));
-    return word / words * words * rows + row / 64 * 64 * words + inside;
+  SLK_SEMI24 constexpr int64_t sm80_column24(int64_t word, int64_t rows) {
+    return word / 2 * 2 * rows + 2 * (word % 2);
   }
-  template <class I>
-  SLK_SEMI24 constexpr I packed_word24(Layout24 layout, I row, I word, I rows) {
-    return layout == Layout24::sm80 ? sm80_word24(row, word, rows) : sm90_word24(row, word, rows);
+  // CUTLASS 3.x' atoms of 64 rows x kSm90TileK columns, down a column of atoms first. In an atom, fastest first: row
+  // bit 3, column bits 5 and up, row bits 0-2, column bit 4, row bits 4-5. (Column bits 0-3 are within the word.)
+  constexpr int64_t kSm90Words = kSm90TileK / 16;  // a row of an atom
+  SLK_SEMI24 constexpr int64_t sm90_row24(int64_t row) {
+    return row / 64 * 64 * kSm90Words + row / 8 % 2 + kSm90Words * (row % 8 + 16 * (row / 16 % 4));
+  }
+  SLK_SEMI24 constexpr int64_t sm90_column24(int64_t word, int64_t rows) {
+    const int64_t w = word % kSm90Words;
+    return word / kSm90Words * kSm90Words * rows + 2 * (w / 2) + 8 * kSm90Words * (w % 2);
+  }
+
+  SLK_SEMI24 constexpr int64_t packed_row24(Layout24 layout, int64_t row) {
+    return layout == Layout24::sm80 ? sm80_row24(row) : sm90_row24(row);
+  }
+  SLK_SEMI24 constexpr int64_t packed_column24(Layout24 layout, int64_t word, int64_t rows) {
+    return layout == Layout24::sm80 ? sm80_column24(word, rows) : sm90_column24(word, rows);
+  }
+  SLK_SEMI24 constexpr int64_t packed_word24(Layout24 layout, int64_t row, int64_t word, int64_t rows) {
+    return packed_row24(layout, row) + packed_column24(layout, word, rows);
+  }
+  SLK_SEMI24 constexpr int64_t sm80_word24(int64_t row, int64_t word, int64_t rows) {
+    return packed_word24(Layout24::sm80, row, word, rows);
+  }
+  SLK_SEMI24 constexpr int64_t sm90_word24(int64_t row, int64_t word, int64_t rows) {
+    return packed_word24(Layout24::sm90, row, word, rows);
   }
 
   // ---- codes

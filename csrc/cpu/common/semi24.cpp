@@ -84,6 +84,15 @@ int64_t width_of(const Packed24& p, int64_t group) {
   return p.m - 4 * group < 4 ? p.m - 4 * group : 4;
 }
 
+// The columns of a group to a row of m.
+template <class T>
+void copy_columns(T* row, const T* group, int64_t m, int64_t g) {
+  if (4 * g + 4 <= m)
+    std::memcpy(row + 4 * g, group, 4 * sizeof(T));
+  else
+    std::memcpy(row + 4 * g, group, (m - 4 * g) * sizeof(T));
+}
+
 // ---- masks ----------------------------------------------------------------------------------------------------------
 
 // Four bools to the bits of a nibble; the bytes of the bits set.
@@ -161,7 +170,7 @@ void decompress24(int bytes, const Packed24& p, Range rows, void* w) {
         T group[4] = {};
         group[code & 3] = values[2 * g];
         group[code >> 2] = values[2 * g + 1];
-        std::memcpy(out + 4 * g, group, width_of(p, g) * sizeof(T));
+        copy_columns(out, group, p.m, g);
       });
     }
   });
@@ -171,7 +180,7 @@ void mask_of24(const Packed24& p, Range rows, uint8_t* mask) {
   for (int64_t i = rows.begin; i < rows.end; ++i)
     each_code(p, i, [&](int64_t g, int code) {
       const uint32_t bools = to_bools(kept24_of(code));
-      std::memcpy(mask + i * p.m + 4 * g, &bools, width_of(p, g));
+      copy_columns(mask + i * p.m, reinterpret_cast<const uint8_t*>(&bools), p.m, g);
     });
 }
 

@@ -4,7 +4,7 @@ The functions have the names and arguments of the ops, work in any floating dtyp
 differentiable by autograd. They are written to be read, not to be fast: S is a dense matrix here.
 """
 
-from . import attention, optim, project
+from . import attention, optim, project, semi24
 from .gemm import gemm
 from .lowrank import lowrank_linear
 from .random_support import permute, random_blocks8, random_support, round_keys
@@ -32,6 +32,7 @@ __all__ = [
     "random_support",
     "round_keys",
     "sddmm",
+    "semi24",
     "sl_linear",
     "spmm",
     "spmm_t",

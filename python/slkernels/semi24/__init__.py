@@ -4,6 +4,7 @@ Formats and layouts: include/slkernels/semi24.h.
 """
 
 from ._dispatch import sparse_pays24
+from ._interop import from_torch_semi_structured, to_torch_semi_structured
 from ._linear import dw_compress24, linear24, linear24_packed, linear24_train
 from ._pack import (
     check24,
@@ -23,6 +24,7 @@ __all__ = [
     "convert24",
     "decompress24",
     "dw_compress24",
+    "from_torch_semi_structured",
     "linear24",
     "linear24_packed",
     "linear24_train",
@@ -32,4 +34,5 @@ __all__ = [
     "repack24_perm",
     "repack24_t_",
     "sparse_pays24",
+    "to_torch_semi_structured",
 ]
