@@ -19,6 +19,7 @@ FILES = [
     "test_project_quant.py",
     "test_project_random.py",
     "test_semi24.py",
+    "test_semi24_linear.py",
     "test_sl.py",
     "test_sparse.py",
     "test_sparse_compose.py",

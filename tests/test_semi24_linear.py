@@ -207,23 +207,25 @@ def dw_error(id: str, message: str, **changes) -> ErrorCase:
 class TestSemi24Linear(OpTests):
     cases = [*linear_cases(), *gradient_cases(), *train_cases()]  # noqa: RUF012
     errors = [  # noqa: RUF012
-        linear_error("x_columns", "values must be [5, 6] for W [5, 9], got [5, 4]", x=torch.ones(3, 9)),
+        linear_error("x_columns", "meta must be [5, 2], got [5, 1]", x=torch.ones(3, 9)),
         linear_error("x_scalar", "x must have at least one dimension, got []", x=torch.tensor(1.0)),
         linear_error("x_int", "x must be float32, bfloat16, float16 or float64, got int64", x=torch.ones(3, 8).long()),
-        linear_error("n", "values must be [6, 4] for W [6, 8], got [5, 4]", n=6),
-        linear_error("n_negative", "n must not be negative, got -1", n=-1),
+        linear_error("n", "meta must be [6, 1], got [5, 1]", n=6),
+        linear_error("n_negative", "n and m must not be negative, got -1 and 8", n=-1),
+        linear_error("values_shape", "values must be [5, 4], got [5, 8]", values=torch.ones(5, 8)),
         linear_error("values_dtype", "values must have x's dtype float32, got float16", values=torch.ones(5, 4).half()),
-        linear_error("meta_shape", "meta must be [5, 1] for W [5, 8], got [5, 2]", meta=torch.ones(5, 2).byte()),
+        linear_error("meta_shape", "meta must be [5, 1], got [5, 2]", meta=torch.ones(5, 2).byte()),
         linear_error("meta_dtype", "meta must be uint8, got int16", meta=torch.ones(5, 1).short()),
         linear_error("bias_length", "bias must be [5], got [4]", bias=torch.ones(4)),
         linear_error("bias_dtype", "bias must have x's dtype float32, got bfloat16", bias=torch.ones(5).bfloat16()),
         linear_error("activation", "activation must be none, relu, silu, gelu or relu2, got tanh", activation="tanh"),
-        train_error("values_t", "values_t must be [8, 4] for W [5, 8], got [5, 4]", values_t=torch.ones(5, 4)),
+        train_error("values_t", "values_t must be [8, 4], got [5, 4]", values_t=torch.ones(5, 4)),
+        train_error("meta_t", "meta_t must be [8, 1], got [5, 1]", meta_t=torch.full((5, 1), 0x44).byte()),
         train_error("weight", "weight must be [5, 8], got [8, 5]", weight=torch.ones(8, 5)),
         train_error("layout", "layout must be plain, sm80 or sm90, got sm70", layout="sm70"),
         dw_error("tokens", "dy must have x's tokens, got dy [4, 5] and x [3, 8]", dy=torch.ones(4, 5)),
         dw_error("dy_dtype", "dy must have x's dtype float32, got float64", dy=torch.ones(3, 5).double()),
-        dw_error("meta_shape", "meta must be [5, 1] for W [5, 8], got [6, 1]", meta=torch.ones(6, 1).byte()),
+        dw_error("meta_shape", "meta must be [5, 1], got [6, 1]", meta=torch.ones(6, 1).byte()),
         dw_error("layout", "layout must be plain, sm80 or sm90, got dense", layout="dense"),
     ]
 
@@ -337,6 +339,84 @@ def test_backward_keeps_the_pack_and_no_pre_activation(activation: str) -> None:
     assert all(any(t.data_ptr() == k.data_ptr() for k in known) for t in saved)
 
 
-def test_public_names() -> None:
-    for name in ("linear24", "linear24_packed", "linear24_train", "dw_compress24"):
-        assert getattr(slkernels, name).__doc__
+# ---- the packed layouts, converted on a CPU -------------------------------------------------------------------------
+
+PACKED = pytest.mark.parametrize("layout", ["sm80", "sm90"])
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+def packed(pack: tuple[Tensor, Tensor], n: int, m: int, layout: str) -> tuple[Tensor, Tensor]:
+    return slkernels.convert24(*pack, n, m, "plain", layout)
+
+
+@PACKED
+@HALVES
+@pytest.mark.parametrize("n, m", [(37, 70), (64, 128), (130, 61)])
+def test_packed_layouts_give_the_bits_of_plain(layout: str, dtype: torch.dtype, n: int, m: int) -> None:
+    inputs = Inputs(dtype)
+    x, dy, bias = inputs.tensor(2, 9, m), inputs.tensor(2, 9, n), inputs.tensor(n)
+    pack = drawn_pack(inputs, n, m)
+    args = packed(pack, n, m, layout)
+    want = slkernels.linear24(x, *pack, n, bias, "silu")
+    assert_bitwise_equal(slkernels.linear24_packed(x, *args, n, layout, bias, "silu"), want, "linear24_packed")
+    assert_bitwise_equal(slkernels.linear24_packed(x, *pack, n, "plain", bias, "silu"), want, "plain")
+    dvalues = slkernels.dw_compress24(dy, x, pack[1])
+    want = packed((dvalues, pack[1]), n, m, layout)[0]
+    assert_bitwise_equal(slkernels.dw_compress24(dy, x, args[1], layout), want, "dw_compress24")
+
+
+@PACKED
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_linear24_train_in_packed_layouts(layout: str, activation: str, straight_through: bool) -> None:
+    inputs, n, m = Inputs(torch.bfloat16), 37, 70
+    values, meta, values_t, meta_t = transposable_pack(inputs, n, m)
+    x, bias, weight = inputs.tensor(12, m), inputs.tensor(n), inputs.tensor(n, m).float()
+    dy = inputs.tensor(12, n)
+
+    def run(values, meta, values_t, meta_t, layout) -> dict[str, Tensor | None]:
+        leaves = [t.clone().requires_grad_() for t in (x, values, bias, weight)]
+        y = slkernels.linear24_train(
+            leaves[0],
+            leaves[1],
+            meta,
+            values_t,
+            meta_t,
+            n,
+            leaves[2],
+            activation,
+            leaves[3] if straight_through else None,
+            layout,
+        )
+        y.backward(dy)
+        return {"y": y.detach()} | {
+            name: t.grad for name, t in zip(["x", "values", "bias", "weight"], leaves, strict=True)
+        }
+
+    want = run(values, meta, values_t, meta_t, "plain")
+    got = run(*packed((values, meta), n, m, layout), *packed((values_t, meta_t), m, n, layout), layout)
+    assert (want["values"] is None) == straight_through and (want["weight"] is None) != straight_through
+    if not straight_through:
+        want["values"] = packed((want["values"], meta), n, m, layout)[0]
+    for name, value in want.items():
+        assert (got[name] is None) == (value is None), name
+        if value is not None:
+            assert_bitwise_equal(got[name], value, name)
+            assert value.dtype == (torch.float32 if name == "weight" else torch.bfloat16)
+
+
+def test_linear24_packed_refuses_gradients() -> None:
+    pack = packed(drawn_pack(Inputs(torch.bfloat16), 32, 64), 32, 64, "sm80")
+    x = torch.ones(3, 64, dtype=torch.bfloat16, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"slkernels::linear24_packed: .*linear24_train"):
+        slkernels.linear24_packed(x, *pack, 32, "sm80")
+    with torch.no_grad():
+        assert slkernels.linear24_packed(x, *pack, 32, "sm80").shape == (3, 32)
+
+
+def test_fakes_of_packed_layouts() -> None:
+    pack = packed(drawn_pack(Inputs(torch.bfloat16), 33, 65), 33, 65, "sm90")
+    args = torch.ones(3, 65, dtype=torch.bfloat16), *pack, 33, "sm90"
+    torch.library.opcheck(ops.linear24_packed.default, args, test_utils=["test_schema", "test_faketensor"])
+    args = torch.ones(3, 33, dtype=torch.bfloat16), torch.ones(3, 65, dtype=torch.bfloat16), pack[1], "sm90"
+    torch.library.opcheck(ops.dw_compress24.default, args, test_utils=["test_schema", "test_faketensor"])

@@ -19,7 +19,7 @@
 namespace slk::cpu::SLK_ISA {
 
 constexpr int kMaxVectors = 8;
-static_assert(kMaxVectors * kLanes <= kTileTokens24);
+static_assert(kMaxVectors * kLanes <= kPanelTokens24);
 
 // f(NV) with the least panel that holds the tokens.
 template <class F>

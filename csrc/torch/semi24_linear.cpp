@@ -17,28 +17,12 @@ Activation24 activation24_of(const char* op, const std::string& name) {
   return Activation24::relu2;
 }
 
-Layout24 layout24_of(const char* op, const std::string& name) {
-  if (name == "plain") return Layout24::plain;
-  if (name == "sm80") return Layout24::sm80;
-  check(name == "sm90", op, "layout must be plain, sm80 or sm90, got ", name);
-  return Layout24::sm90;
-}
-
-void check_meta24(const char* op, const Tensor& meta, int64_t n, int64_t m, const char* like_name, const Tensor& like) {
-  const int64_t bytes = ceil_div(groups24(m), 2);
-  check(meta.dim() == 2 && meta.size(0) == n && meta.size(1) == bytes, op, "meta must be [", n, ", ", bytes,
-        "] for W [", n, ", ", m, "], got ", show(meta));
-  check(meta.scalar_type() == ScalarType::Byte, op, "meta must be uint8, got ", show(meta.scalar_type()));
-  check_same_device(op, "meta", meta, like_name, like);
-}
-
-void check_plain24(const char* op, const Tensor& values, const Tensor& meta, int64_t n, int64_t m, const Tensor& x) {
-  check(n >= 0, op, "n must not be negative, got ", n);
-  check(values.dim() == 2 && values.size(0) == n && values.size(1) == kept24(m), op, "values must be [", n, ", ",
-        kept24(m), "] for W [", n, ", ", m, "], got ", show(values));
+PackedTensors24 check_weight24(const char* op, const Tensor& values, const Tensor& meta, int64_t n, int64_t m,
+                               Layout24 layout, const Tensor& x) {
+  const PackedTensors24 w = check_packed24(op, values, meta, n, m, layout);
   check_same_dtype(op, "values", values, "x", x);
   check_same_device(op, "values", values, "x", x);
-  check_meta24(op, meta, n, m, "x", x);
+  return w;
 }
 
 void check_bias24(const char* op, const std::optional<Tensor>& bias, int64_t n, const Tensor& x) {
@@ -46,19 +30,6 @@ void check_bias24(const char* op, const std::optional<Tensor>& bias, int64_t n, 
   check(bias->dim() == 1 && bias->size(0) == n, op, "bias must be [", n, "], got ", show(*bias));
   check_same_dtype(op, "bias", *bias, "x", x);
   check_same_device(op, "bias", *bias, "x", x);
-}
-
-void check_train24(const char* op, const Tensor& x, const Tensor& values_t, const Tensor& meta_t, int64_t n,
-                   Layout24 layout, const std::optional<Tensor>& weight) {
-  const int64_t m = columns_of(op, "x", x), rows = padded_rows24(layout, m), kept = padded_columns24(layout, n) / 2;
-  check(values_t.dim() == 2 && values_t.size(0) == rows && values_t.size(1) == kept, op, "values_t must be [", rows,
-        ", ", kept, "] for W [", n, ", ", m, "], got ", show(values_t));
-  check_same_dtype(op, "values_t", values_t, "x", x);
-  check_same_device(op, "values_t", values_t, "x", x);
-  check_same_device(op, "meta_t", meta_t, "x", x);
-  if (weight)
-    check(weight->dim() == 2 && weight->size(0) == n && weight->size(1) == m, op, "weight must be [", n, ", ", m,
-          "], got ", show(*weight));
 }
 
 int64_t columns_of(const char* op, const char* name, const Tensor& x) {
@@ -72,13 +43,28 @@ Tensor with_last(const Tensor& y, const Tensor& like, int64_t last) {
   return torch::stable::view(y, {shape.data(), shape.size()});
 }
 
+void check_train24(const char* op, const Tensor& x, const Tensor& values_t, const Tensor& meta_t, int64_t n,
+                   Layout24 layout, const std::optional<Tensor>& weight) {
+  const int64_t m = columns_of(op, "x", x);
+  const int64_t rows = padded_rows24(layout, m), kept = padded_columns24(layout, n) / 2;
+  check(values_t.dim() == 2 && values_t.size(0) == rows && values_t.size(1) == kept, op, "values_t must be [", rows,
+        ", ", kept, "], got ", show(values_t));
+  check_same_dtype(op, "values_t", values_t, "x", x);
+  check_same_device(op, "values_t", values_t, "x", x);
+  check_meta24(op, "meta_t", meta_t, m, n, layout);
+  check_same_device(op, "meta_t", meta_t, "x", x);
+  if (weight)
+    check(weight->dim() == 2 && weight->size(0) == n && weight->size(1) == m, op, "weight must be [", n, ", ", m,
+          "], got ", show(*weight));
+}
+
 namespace {
 
 // Columns of W whose lists grad_x makes at a time: 2.5 bytes an element of the slice.
 constexpr int64_t kSlice = 1024;
 
-Weight24 weight_of(const Tensor& values, const Tensor& meta, int64_t m) {
-  return {values.const_data_ptr(), meta.const_data_ptr<uint8_t>(), meta.size(0), m};
+Weight24 weight_of(const PackedTensors24& w, int64_t n, int64_t m) {
+  return {w.values.const_data_ptr(), w.meta.const_data_ptr<uint8_t>(), n, m};
 }
 
 // f(rows, tokens) for tiles that cover both: smaller ones in rows when there would not be enough for every thread.
@@ -110,12 +96,12 @@ Tensor linear24_plain(const char* op, const Tensor& x, const Tensor& values, con
   const Activation24 f = activation24_of(op, activation);
   const DType dtype = dtype_of(op, "x", x);
   const int64_t m = columns_of(op, "x", x);
-  check_plain24(op, values, meta, n, m, x);
+  const PackedTensors24 pack = check_weight24(op, values, meta, n, m, Layout24::plain, x);
   check_bias24(op, bias, n, x);
-  const Tensor x2 = as_tokens(op, "x", x, m), v = as_contiguous(values), codes = as_contiguous(meta);
+  const Tensor x2 = as_tokens(op, "x", x, m);
   const Tensor offset = bias ? as_contiguous(*bias) : Tensor();
   const void* b = bias ? offset.const_data_ptr() : nullptr;
-  const Weight24 w = weight_of(v, codes, m);
+  const Weight24 w = weight_of(pack, n, m);
   const int64_t tokens = x2.size(0);
   const Tensor y = empty_like_shape(x, {tokens, n});
   const Matrix ym = as_matrix(y);
@@ -131,8 +117,8 @@ Tensor linear24_plain(const char* op, const Tensor& x, const Tensor& values, con
       kernels.linear_few(dtype, w, as_matrix(padded), b, f, {begin, end}, ym);
     });
   } else {
-    for_tiles(n, tokens, cpu::kTileOutputs24, cpu::kTileTokens24, [&](Range rows, Range panel) {
-      kernels.linear(dtype, w, as_matrix(x2), b, f, rows, panel, ym, thread_scratch(cpu::kTileScratch24));
+    for_tiles(n, tokens, cpu::kPanelRows24, cpu::kPanelTokens24, [&](Range rows, Range panel) {
+      kernels.linear(dtype, w, as_matrix(x2), b, f, rows, panel, ym, thread_scratch(cpu::kPanelScratch24));
     });
   }
   return with_last(y, x, n);
@@ -148,9 +134,9 @@ Tensor linear24_dx(const Tensor& dy, const Tensor& values, const Tensor& meta, i
   const char* op = "_linear24_dx";
   const DType dtype = dtype_of(op, "dy", dy);
   const int64_t n = columns_of(op, "dy", dy);
-  check_plain24(op, values, meta, n, m, dy);
-  const Tensor dy2 = as_tokens(op, "dy", dy, n), v = as_contiguous(values), codes = as_contiguous(meta);
-  const Weight24 w = weight_of(v, codes, m);
+  const PackedTensors24 pack = check_weight24(op, values, meta, n, m, Layout24::plain, dy);
+  const Tensor dy2 = as_tokens(op, "dy", dy, n);
+  const Weight24 w = weight_of(pack, n, m);
   const int64_t tokens = dy2.size(0);
   const Tensor dx = empty_like_shape(dy, {tokens, m});
   const Matrix dym = as_matrix(dy2), dxm = as_matrix(dx);
@@ -171,9 +157,9 @@ Tensor linear24_dx(const Tensor& dy, const Tensor& values, const Tensor& meta, i
                                       list_start.mutable_data_ptr<int32_t>(),
                                       {j, j + width}};
     parallel_for(blocks, 1, [&](int64_t begin, int64_t end) { kernels.column_lists(dtype, w, {begin, end}, lists); });
-    for_tiles(width, tokens, cpu::kTileOutputs24, cpu::kTileTokens24, [&](Range columns, Range panel) {
+    for_tiles(width, tokens, cpu::kPanelRows24, cpu::kPanelTokens24, [&](Range columns, Range panel) {
       kernels.grad_x(dtype, lists, dym, {j + columns.begin, j + columns.end}, panel, dxm,
-                     thread_scratch(cpu::kTileScratch24));
+                     thread_scratch(cpu::kPanelScratch24));
     });
   }
   return with_last(dx, dy, m);
@@ -184,8 +170,9 @@ Tensor grad_w_plain(const char* op, const Tensor& dy, const Tensor& x, const Ten
   const int64_t n = columns_of(op, "dy", dy), m = columns_of(op, "x", x);
   check_same_dtype(op, "dy", dy, "x", x);
   check_same_device(op, "dy", dy, "x", x);
-  check_meta24(op, meta, n, m, "x", x);
-  const Tensor dy2 = as_tokens(op, "dy", dy, n), x2 = as_tokens(op, "x", x, m), codes = as_contiguous(meta);
+  check_same_device(op, "meta", meta, "x", x);
+  const Tensor codes = check_meta24(op, "meta", meta, n, m, Layout24::plain);
+  const Tensor dy2 = as_tokens(op, "dy", dy, n), x2 = as_tokens(op, "x", x, m);
   check(dy2.size(0) == x2.size(0), op, "dy must have x's tokens, got dy ", show(dy), " and x ", show(x));
   const Tensor dvalues = empty_like_shape(x, {n, kept24(m)});
   const Weight24 w = {nullptr, codes.const_data_ptr<uint8_t>(), n, m};
@@ -215,20 +202,12 @@ std::tuple<Tensor, Tensor> convert24(const Tensor& values, const Tensor& meta, i
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
-void check_packed24(const char* op, const Tensor& values, int64_t n, int64_t m, Layout24 layout, const Tensor& x) {
-  const int64_t rows = padded_rows24(layout, n), kept = padded_columns24(layout, m) / 2;
-  check(n >= 0, op, "n must not be negative, got ", n);
-  check(values.dim() == 2 && values.size(0) == rows && values.size(1) == kept, op, "values must be [", rows, ", ", kept,
-        "] for W [", n, ", ", m, "], got ", show(values));
-  check_same_dtype(op, "values", values, "x", x);
-}
-
 Tensor linear24_any(const char* op, const Tensor& x, const Tensor& values, const Tensor& meta, int64_t n,
                     const std::string& layout, const std::optional<Tensor>& bias, const std::string& activation) {
-  const Layout24 kind = layout24_of(op, layout);
+  const Layout24 kind = layout24_of(op, "layout", layout);
   if (kind == Layout24::plain) return linear24_plain(op, x, values, meta, n, bias, activation);
   const int64_t m = columns_of(op, "x", x);
-  check_packed24(op, values, n, m, kind, x);
+  check_weight24(op, values, meta, n, m, kind, x);
   const auto [v, codes] = convert24(values, meta, n, m, layout, "plain");
   return linear24_plain(op, x, v, codes, n, bias, activation);
 }
@@ -243,13 +222,13 @@ Tensor linear24_train(const Tensor& x, const Tensor& values, const Tensor& meta,
                       const Tensor& meta_t, int64_t n, std::optional<Tensor> bias, std::string activation,
                       std::optional<Tensor> weight, std::string layout) {
   const char* op = "linear24_train";
-  check_train24(op, x, values_t, meta_t, n, layout24_of(op, layout), weight);
+  check_train24(op, x, values_t, meta_t, n, layout24_of(op, "layout", layout), weight);
   return linear24_any(op, x, values, meta, n, layout, bias, activation);
 }
 
 Tensor dw_compress24(const Tensor& dy, const Tensor& x, const Tensor& meta, std::string layout) {
   const char* op = "dw_compress24";
-  const Layout24 kind = layout24_of(op, layout);
+  const Layout24 kind = layout24_of(op, "layout", layout);
   if (kind == Layout24::plain) return grad_w_plain(op, dy, x, meta);
   const int64_t n = columns_of(op, "dy", dy), m = columns_of(op, "x", x);
   Tensor unused = empty_like_shape(x, {padded_rows24(kind, n), padded_columns24(kind, m) / 2});

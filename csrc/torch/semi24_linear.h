@@ -2,16 +2,15 @@
 #pragma once
 
 #include "slkernels/semi24_gemm.h"
-#include "torch/tensor.h"
+#include "torch/semi24.h"
 
 namespace slk {
 
 Activation24 activation24_of(const char* op, const std::string& name);
-Layout24 layout24_of(const char* op, const std::string& name);
 
-// meta must be layout plain's for [n, m]; values too, in x's dtype.
-void check_meta24(const char* op, const Tensor& meta, int64_t n, int64_t m, const char* like_name, const Tensor& like);
-void check_plain24(const char* op, const Tensor& values, const Tensor& meta, int64_t n, int64_t m, const Tensor& x);
+// W [n, m] in `layout`, of x's dtype, on its device; contiguous.
+PackedTensors24 check_weight24(const char* op, const Tensor& values, const Tensor& meta, int64_t n, int64_t m,
+                               Layout24 layout, const Tensor& x);
 
 // What linear24_train takes for backward: W_t [m, n] in `layout`, and the dense W.
 void check_train24(const char* op, const Tensor& x, const Tensor& values_t, const Tensor& meta_t, int64_t n,

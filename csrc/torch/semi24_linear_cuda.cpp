@@ -55,14 +55,8 @@ bool is_half(const Tensor& t) {
 
 Weight check_weight(const char* op, const Tensor& x, const Tensor& values, const Tensor& meta, int64_t n, int64_t m,
                     Layout24 layout) {
-  if (layout == Layout24::plain) {
-    check_plain24(op, values, meta, n, m, x);
-  } else {
-    check_same_dtype(op, "values", values, "x", x);
-    check_same_device(op, "values", values, "x", x);
-    check_packed24(op, values, meta, n, m, layout);
-  }
-  return {{aligned(values), aligned(meta)}, layout, n, m};
+  const PackedTensors24 at = check_weight24(op, values, meta, n, m, layout, x);
+  return {{aligned(at.values), aligned(at.meta)}, layout, n, m};
 }
 
 Layout24 layout_of_device(const char* op, const Device& device) {
@@ -160,7 +154,7 @@ Tensor linear24(const Tensor& x, const Tensor& values, const Tensor& meta, int64
 Tensor linear24_packed(const Tensor& x, const Tensor& values, const Tensor& meta, int64_t n, std::string layout,
                        std::optional<Tensor> bias, std::string activation) {
   const char* op = "linear24_packed";
-  return product(op, x, values, meta, n, layout24_of(op, layout), bias, activation);
+  return product(op, x, values, meta, n, layout24_of(op, "layout", layout), bias, activation);
 }
 
 // The transposed pack and the dense weight matter in backward only.
@@ -168,7 +162,7 @@ Tensor linear24_train(const Tensor& x, const Tensor& values, const Tensor& meta,
                       const Tensor& meta_t, int64_t n, std::optional<Tensor> bias, std::string activation,
                       std::optional<Tensor> weight, std::string layout) {
   const char* op = "linear24_train";
-  const Layout24 kind = layout24_of(op, layout);
+  const Layout24 kind = layout24_of(op, "layout", layout);
   check_train24(op, x, values_t, meta_t, n, kind, weight);
   return product(op, x, values, meta, n, kind, bias, activation);
 }
@@ -214,7 +208,7 @@ void panels_dw(const char* op, const Device& device, const Tensor& dy, const Ten
 
 Tensor dw_compress24(const Tensor& dy, const Tensor& x, const Tensor& meta, std::string layout_name) {
   const char* op = "dw_compress24";
-  const Layout24 layout = layout24_of(op, layout_name);
+  const Layout24 layout = layout24_of(op, "layout", layout_name);
   check_float(op, "x", x);
   const int64_t n = columns_of(op, "dy", dy), m = columns_of(op, "x", x);
   check_same_dtype(op, "dy", dy, "x", x);

@@ -27,13 +27,13 @@ constexpr int64_t kFewTokens24 = 8;
 constexpr int64_t kFewTokensPad = 32;
 
 // A task of the panel kernels: at most this many tokens, and rows of W (columns for grad_x).
-constexpr int64_t kTileTokens24 = 128, kTileOutputs24 = 512;
+constexpr int64_t kPanelTokens24 = 128, kPanelRows24 = 512;
 // Columns of W (rows for grad_x, 64 too) that are summed in one chain.
 constexpr int64_t kDepth24 = 64;
-constexpr int64_t kTileScratch24 = (kDepth24 + kTileOutputs24) * kTileTokens24;  // floats
+constexpr int64_t kPanelScratch24 = (kDepth24 + kPanelRows24) * kPanelTokens24;  // floats
 // Tasks of grad_w: rows and columns of W.
 constexpr int64_t kGradRows24 = 256, kGradColumns24 = 1024;
-constexpr int64_t kGradScratch24 = (kDepth24 + kGradRows24) * kTileTokens24 + kGradRows24 * kGradColumns24 / 2;
+constexpr int64_t kGradScratch24 = (kDepth24 + kGradRows24) * kPanelTokens24 + kGradRows24 * kGradColumns24 / 2;
 
 // The columns of a slice of W, as lists of kept elements, block by block of kDepth24 rows.
 struct ColumnLists24 {
@@ -44,7 +44,7 @@ struct ColumnLists24 {
 };
 
 struct Semi24LinearKernels {
-  // y[t, i] for a tile of at most kTileOutputs24 rows i of W and kTileTokens24 tokens t. scratch: kTileScratch24
+  // y[t, i] for a tile of at most kPanelRows24 rows i of W and kPanelTokens24 tokens t. scratch: kPanelScratch24
   // floats.
   void (*linear)(DType, const Weight24&, const Matrix& x, const void* bias, Activation24, Range rows, Range tokens,
                  const Matrix& y, float* scratch);
@@ -53,7 +53,7 @@ struct Semi24LinearKernels {
   void (*linear_few)(DType, const Weight24&, const Matrix& x, const void* bias, Activation24, Range rows,
                      const Matrix& y);
 
-  // grad_x in two steps: the lists of `blocks`, then a tile of at most kTileOutputs24 columns of the slice.
+  // grad_x in two steps: the lists of `blocks`, then a tile of at most kPanelRows24 columns of the slice.
   void (*column_lists)(DType, const Weight24&, Range blocks, const ColumnLists24&);
   void (*grad_x)(DType, const ColumnLists24&, const Matrix& dy, Range columns, Range tokens, const Matrix& dx,
                  float* scratch);

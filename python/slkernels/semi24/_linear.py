@@ -8,45 +8,22 @@ import torch
 from torch import Tensor
 
 from .._library import check, define, needs_grad
+from ._pack import check_meta, check_packed, values_shape
 
 _ops = torch.ops.slkernels
 
 ACTIVATIONS = ("none", "relu", "silu", "gelu", "relu2")
-LAYOUTS = ("plain", "sm80", "sm90")
-
-# include/slkernels/semi24.h: rows and columns that W is padded to.
-_PADDED_ROWS = {"plain": 1, "sm80": 32, "sm90": 64}
-_PADDED_COLUMNS = {"plain": 4, "sm80": 64, "sm90": 128}
 
 
-def _up(a: int, b: int) -> int:
-    return (a + b - 1) // b * b
-
-
-def values_shape(layout: str, n: int, m: int) -> tuple[int, int]:
-    return _up(n, _PADDED_ROWS[layout]), _up(m, _PADDED_COLUMNS[layout]) // 2
-
-
-def meta_shape(layout: str, n: int, m: int) -> tuple[int, ...]:
-    rows, kept = values_shape(layout, n, m)
-    return {"plain": (rows, (kept + 3) // 4), "sm80": (rows, kept // 8), "sm90": (rows * kept // 4,)}[layout]
-
-
-def _check_linear(op, x, values, n, bias, activation, layout="plain"):
+def _check_linear(op, x, values, meta, n, bias, activation, layout="plain"):
     check(activation in ACTIVATIONS, op, lambda: f"activation must be one of {ACTIVATIONS}, got {activation}")
-    check(layout in LAYOUTS, op, lambda: f"layout must be one of {LAYOUTS}, got {layout}")
-    want = values_shape(layout, n, x.shape[-1])
-    check(
-        values.dim() == 2 and values.shape[0] == want[0] and values.shape[1] == want[1],
-        op,
-        lambda: f"values must be {list(want)} for W [{n}, {x.shape[-1]}], got {list(values.shape)}",
-    )
+    check_packed(op, values, meta, n, x.shape[-1], layout)
     if bias is not None:
         check(bias.dim() == 1 and bias.shape[0] == n, op, lambda: f"bias must be [{n}], got {list(bias.shape)}")
 
 
 def _linear(op, x, values, meta, n, bias, activation, layout="plain"):
-    _check_linear(op, x, values, n, bias, activation, layout)
+    _check_linear(op, x, values, meta, n, bias, activation, layout)
     return x.new_empty((*x.shape[:-1], n))
 
 
@@ -175,12 +152,7 @@ def _tokens(t: Tensor) -> Tensor:
 def _train_fake(x, values, meta, values_t, meta_t, n, bias=None, activation="none", weight=None, layout="plain"):
     op, m = "linear24_train", x.shape[-1]
     y = _linear(op, x, values, meta, n, bias, activation, layout)
-    want = values_shape(layout, m, n)
-    check(
-        values_t.dim() == 2 and values_t.shape[0] == want[0] and values_t.shape[1] == want[1],
-        op,
-        lambda: f"values_t must be {list(want)} for W [{n}, {m}], got {list(values_t.shape)}",
-    )
+    check_packed(op, values_t, meta_t, m, n, layout)
     if weight is not None:
         check(
             weight.dim() == 2 and weight.shape[0] == n and weight.shape[1] == m,
@@ -267,9 +239,7 @@ def linear24_train(
 
 
 def _dx_fake(dy, values, meta, m):
-    op = "_linear24_dx"
-    want = values_shape("plain", dy.shape[-1], m)
-    check(values.dim() == 2 and values.shape[1] == want[1], op, lambda: f"values must be {list(want)}")
+    check_packed("_linear24_dx", values, meta, dy.shape[-1], m, "plain")
     return dy.new_empty((*dy.shape[:-1], m))
 
 
@@ -293,8 +263,9 @@ define(
 
 
 def _dw_fake(dy, x, meta, layout="plain"):
-    check(layout in LAYOUTS, "dw_compress24", lambda: f"layout must be one of {LAYOUTS}, got {layout}")
-    return x.new_empty(values_shape(layout, dy.shape[-1], x.shape[-1]))
+    n, m = dy.shape[-1], x.shape[-1]
+    check_meta("dw_compress24", meta, n, m, layout)
+    return x.new_empty(values_shape(n, m, layout))
 
 
 def _dw_setup(ctx, inputs, output):
