@@ -32,20 +32,6 @@ void check_bias24(const char* op, const std::optional<Tensor>& bias, int64_t n, 
   check_same_device(op, "bias", *bias, "x", x);
 }
 
-void check_train24(const char* op, const Tensor& x, const Tensor& values_t, const Tensor& meta_t, int64_t n,
-                   Layout24 layout, const std::optional<Tensor>& weight) {
-  const int64_t m = columns_of(op, "x", x), rows = padded_rows24(layout, m), kept = padded_columns24(layout, n) / 2;
-  check(values_t.dim() == 2 && values_t.size(0) == rows && values_t.size(1) == kept, op, "values_t must be [", rows,
-        ", ", kept, "] for W [", n, ", ", m, "], got ", show(values_t));
-  check_same_dtype(op, "values_t", values_t, "x", x);
-  check_same_device(op, "values_t", values_t, "x", x);
-  check_meta24(op, "meta_t", meta_t, m, n, layout);
-  check_same_device(op, "meta_t", meta_t, "x", x);
-  if (weight)
-    check(weight->dim() == 2 && weight->size(0) == n && weight->size(1) == m, op, "weight must be [", n, ", ", m,
-          "], got ", show(*weight));
-}
-
 int64_t columns_of(const char* op, const char* name, const Tensor& x) {
   check(x.dim() >= 1, op, name, " must have at least one dimension, got ", show(x));
   return x.size(x.dim() - 1);
@@ -55,6 +41,21 @@ Tensor with_last(const Tensor& y, const Tensor& like, int64_t last) {
   Shape shape = shape_of(like);
   shape.back() = last;
   return torch::stable::view(y, {shape.data(), shape.size()});
+}
+
+void check_train24(const char* op, const Tensor& x, const Tensor& values_t, const Tensor& meta_t, int64_t n,
+                   Layout24 layout, const std::optional<Tensor>& weight) {
+  const int64_t m = columns_of(op, "x", x);
+  const int64_t rows = padded_rows24(layout, m), kept = padded_columns24(layout, n) / 2;
+  check(values_t.dim() == 2 && values_t.size(0) == rows && values_t.size(1) == kept, op, "values_t must be [", rows,
+        ", ", kept, "], got ", show(values_t));
+  check_same_dtype(op, "values_t", values_t, "x", x);
+  check_same_device(op, "values_t", values_t, "x", x);
+  check_meta24(op, "meta_t", meta_t, m, n, layout);
+  check_same_device(op, "meta_t", meta_t, "x", x);
+  if (weight)
+    check(weight->dim() == 2 && weight->size(0) == n && weight->size(1) == m, op, "weight must be [", n, ", ", m,
+          "], got ", show(*weight));
 }
 
 namespace {

@@ -55,14 +55,8 @@ bool is_half(const Tensor& t) {
 
 Weight check_weight(const char* op, const Tensor& x, const Tensor& values, const Tensor& meta, int64_t n, int64_t m,
                     Layout24 layout) {
-  if (layout == Layout24::plain) {
-    check_plain24(op, values, meta, n, m, x);
-  } else {
-    check_same_dtype(op, "values", values, "x", x);
-    check_same_device(op, "values", values, "x", x);
-    check_packed24(op, values, meta, n, m, layout);
-  }
-  return {{aligned(values), aligned(meta)}, layout, n, m};
+  const PackedTensors24 at = check_weight24(op, values, meta, n, m, layout, x);
+  return {{aligned(at.values), aligned(at.meta)}, layout, n, m};
 }
 
 Layout24 layout_of_device(const char* op, const Device& device) {

@@ -3,6 +3,7 @@
 Formats and layouts: include/slkernels/semi24.h.
 """
 
+from ._dispatch import sparse_pays24
 from ._interop import from_torch_semi_structured, to_torch_semi_structured
 from ._linear import dw_compress24, linear24, linear24_packed, linear24_train
 from ._mask import gate_to_mask, maskllm24, maskllm_prior, srste_grad_
