@@ -1,4 +1,4 @@
-// prune24 and prune_compress24. Contract: slkernels/semi24_cuda.h; arithmetic: slkernels/semi24.cuh.
+// prune24, prune_compress24 and relu2_prune24. Contract: slkernels/semi24_cuda.h; arithmetic: slkernels/semi24.cuh.
 //
 // prune_compress24 reads W once and writes both packs. A block takes 128 x 128 of W, a thread two units of four rows by
 // eight columns: two tiles each, that never leave its registers. W's values go out directly, 64 bytes a row and warp.
@@ -246,8 +246,11 @@ struct Blocks {
   }
 };
 
+// What a pack is made of: W, or max(W, 0)^2 where nothing but pruning by rows is asked for.
+enum class Of24 { w, scored, relu2 };
+
 // kInside: the blocks' elements are all inside of W, and its rows start at multiples of 16 bytes.
-template <class T, bool kTransposable, bool kScored, bool kInside>
+template <class T, bool kTransposable, Of24 kOf, bool kInside>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kInside ? 3 : 2)
     prune_compress24_kernel(Source<T> w, Source<T> score, Target to, Target to_t, Blocks blocks, bool vectors_t) {
   using Pair = Pair24<T>;
@@ -282,7 +285,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kInside ? 3 : 2)
       } else {
         tile = load_tile<false>(w, row, first);
       }
-      Tile24 kept = prune_tile<kTransposable>(kScored ? load_tile<kInside>(score, row, first) : tile);
+      if constexpr (kOf == Of24::relu2) tile.relu2();
+      Tile24 kept = prune_tile<kTransposable>(kOf == Of24::scored ? load_tile<kInside>(score, row, first) : tile);
       if constexpr (!kInside)
         kept = at_edge24(kept.word, kept.columns, within_tile(w.m - first), within_tile(w.n - row));
       const Slots24 slots = slots24(kept.rows), slots_t = slots24(kept.columns);
@@ -352,7 +356,7 @@ bool starts_whole(const void* data, int64_t columns, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && columns * bytes % 16 == 0;
 }
 
-template <class T, bool kTransposable, bool kScored>
+template <class T, bool kTransposable, Of24 kOf>
 cudaError_t prune_compress(const void* data, const void* scores, const Packed24& pack, const Packed24& pack_t,
                            cudaStream_t stream) {
   const Target to = Target::of(pack), to_t = Target::of(pack_t);
@@ -367,11 +371,11 @@ cudaError_t prune_compress(const void* data, const void* scores, const Packed24&
   const bool vectors_t = to_t.columns / 2 * int64_t(sizeof(T)) % 16 == 0;
   cudaError_t error = cudaSuccess;
   if (blocks.inside_rows > 0 && blocks.inside_columns > 0)
-    error = launch(prune_compress24_kernel<T, kTransposable, kScored, true>,
-                   dim3(blocks.inside_columns, blocks.inside_rows), kThreads, 0, stream, w, score, to, to_t, blocks,
-                   vectors_t);
+    error =
+        launch(prune_compress24_kernel<T, kTransposable, kOf, true>, dim3(blocks.inside_columns, blocks.inside_rows),
+               kThreads, 0, stream, w, score, to, to_t, blocks, vectors_t);
   if (blocks.outside() > 0 && error == cudaSuccess)
-    error = launch(prune_compress24_kernel<T, kTransposable, kScored, false>, blocks.outside(), kThreads, 0, stream, w,
+    error = launch(prune_compress24_kernel<T, kTransposable, kOf, false>, blocks.outside(), kThreads, 0, stream, w,
                    score, to, to_t, blocks, vectors_t);
   return error;
 }
@@ -395,9 +399,17 @@ cudaError_t launch_prune_compress24(DType type, const void* w, const void* score
     using T = std::remove_pointer_t<decltype(tag)>;
     const bool scored = score != nullptr && score != w;
     const auto run = by == Prune24::transposable
-                         ? (scored ? prune_compress<T, true, true> : prune_compress<T, true, false>)
-                         : (scored ? prune_compress<T, false, true> : prune_compress<T, false, false>);
+                         ? (scored ? prune_compress<T, true, Of24::scored> : prune_compress<T, true, Of24::w>)
+                         : (scored ? prune_compress<T, false, Of24::scored> : prune_compress<T, false, Of24::w>);
     return run(w, scored ? score : w, pack, pack_t, stream);
+  });
+}
+
+cudaError_t launch_relu2_prune24(DType type, const void* x, const Packed24& pack, const Packed24& pack_t,
+                                 cudaStream_t stream) {
+  return with_weight_type(type, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    return prune_compress<T, false, Of24::relu2>(x, x, pack, pack_t, stream);
   });
 }
 

@@ -115,6 +115,14 @@ struct Tile16 {
       right[r] &= lanes(word >> (4 * r + 2));
     }
   }
+  // max(x, 0)^2, rounded to T; NaN stays NaN.
+  __device__ void relu2() {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      left[r] = square(r, 0) | square(r, 1) << 16;
+      right[r] = square(r, 2) | square(r, 3) << 16;
+    }
+  }
   // The two elements of a row that its slots name.
   __device__ uint32_t pick(int row, const Slots24& slots) const {
     return ptx::prmt(left[row], right[row], ptx::prmt(slots.first, slots.second, uint32_t(row | (row + 4) << 4)));
@@ -126,6 +134,14 @@ struct Tile16 {
     const __nv_bfloat162 a =
         __hmin2(__habs2(reinterpret_cast<const __nv_bfloat162&>(pair)), reinterpret_cast<const __nv_bfloat162&>(most));
     return reinterpret_cast<const uint32_t&>(a);
+  }
+  __device__ uint32_t square(int row, int column) const {
+    const float x = __int_as_float(bits(row, column));
+    const T y = narrow<T>(x < 0 ? 0.0f : x * x);  // the product is exact
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+      return __bfloat16_as_ushort(y);
+    else
+      return __half_as_ushort(y);
   }
   // Bits 0 and 1 as two masks of 16 bits.
   __device__ static uint32_t lanes(uint32_t bits) { return ptx::prmt((bits & 3) * 0x40008000u, 0, 0xbb99); }
@@ -161,6 +177,15 @@ struct Tile32 {
     for (int r = 0; r < 4; ++r)
 #pragma unroll
       for (int c = 0; c < 4; ++c) at[r][c] = word >> (4 * r + c) & 1 ? at[r][c] : 0;
+  }
+  __device__ void relu2() {
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const float v = __uint_as_float(at[r][c]);
+        at[r][c] = __float_as_uint(v < 0 ? 0.0f : v * v);
+      }
   }
   __device__ uint2 pick(int row, const Slots24& slots) const {
     const uint32_t code = slots.code >> (8 * row);

@@ -229,6 +229,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> relu2_prune24(const Tensor& x, Text l
   const Tensor from = as_contiguous(x);
   const BothWays out(x, layout);
   if (x.numel() == 0) return out.tensors();
+#ifdef SLKERNELS_WITH_CUDA
+  if (is_cuda(x)) {
+    const DeviceScope scope(x);
+    cuda::relu2_prune24(from, out.pack, out.pack_t);
+    return out.tensors();
+  }
+#endif
   parallel_tiles(x.size(0), x.size(1), [&](Range tiles) {
     cpu::pack24_kernels().relu2_prune(dtype, from.const_data_ptr(), tiles, out.pack, out.pack_t);
   });
@@ -415,6 +422,7 @@ STABLE_TORCH_LIBRARY_IMPL(slkernels, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(slkernels, CUDA, m) {
   m.impl("prune24", TORCH_BOX(&prune24));
   m.impl("prune_compress24", TORCH_BOX(&prune_compress24));
+  m.impl("relu2_prune24", TORCH_BOX(&relu2_prune24));
   m.impl("compress24", TORCH_BOX(&compress24));
   m.impl("decompress24", TORCH_BOX(&decompress24));
   m.impl("mask_of24", TORCH_BOX(&mask_of24));

@@ -29,6 +29,7 @@ Packed24 view24(const PackedTensors24& t, int64_t n, int64_t m, Layout24 layout)
 namespace cuda {
 void prune24(const Tensor& score, Prune24 by, const Tensor& mask);
 void prune_compress24(const Tensor& W, const Tensor& score, Prune24 by, const Packed24& pack, const Packed24& pack_t);
+void relu2_prune24(const Tensor& x, const Packed24& pack, const Packed24& pack_t);
 void compress24(const Tensor& W, const Tensor& mask, const Packed24& pack);
 int64_t check_mask24(const Tensor& mask);  // the first group (row * groups24(m) + group) that is not 2:4, or -1; waits
 void decompress24(const Packed24& pack, const Tensor& W);

@@ -48,6 +48,13 @@ void prune_compress24(const Tensor& W, const Tensor& score, Prune24 by, const Pa
   });
 }
 
+void relu2_prune24(const Tensor& x, const Packed24& pack, const Packed24& pack_t) {
+  constexpr const char* op = "relu2_prune24";
+  on_stream_of(op, x, [&](cudaStream_t stream) {
+    return launch_relu2_prune24(dtype_of(op, "x", x), x.const_data_ptr(), pack, pack_t, stream);
+  });
+}
+
 void compress24(const Tensor& W, const Tensor& mask, const Packed24& pack) {
   constexpr const char* op = "compress24";
   const DType type = dtype_of(op, "W", W);

@@ -20,6 +20,9 @@ cudaError_t launch_prune24(DType, const void* score, int64_t n, int64_t m, Prune
 cudaError_t launch_prune_compress24(DType, const void* w, const void* score, Prune24, const Packed24& pack,
                                     const Packed24& pack_t, cudaStream_t);
 
+// The same by rows of max(x, 0)^2, rounded to x's type.
+cudaError_t launch_relu2_prune24(DType, const void* x, const Packed24& pack, const Packed24& pack_t, cudaStream_t);
+
 // W (*) mask. Whether the mask is 2:4 is not known on the host: a group that is not becomes two NaNs with code 0x4.
 cudaError_t launch_compress24(DType, const void* w, const uint8_t* mask, const Packed24&, cudaStream_t);
 // *first = the first group (row * groups24(m) + group) of the mask that is not 2:4, or -1; the first whose code is none

@@ -6,6 +6,7 @@
 
 #include "project_check.h"
 #include "simt/runtime.h"
+#include "slkernels/semi24_cuda.h"
 #include "slkernels/semi24_mask.cuh"
 
 using namespace slk;
@@ -164,6 +165,42 @@ void check_srste(int64_t count, int offset) {
 }
 
 template <class T>
+struct DevicePack {
+  Packed24 pack;
+  simt::Buffer<T> values;
+  simt::Buffer<uint8_t> meta;
+
+  DevicePack(Layout24 layout, int64_t n, int64_t m)
+      : pack{nullptr, nullptr, layout, n, m}, values(pack.rows() * pack.row_values()), meta(pack.meta_bytes()) {
+    pack.values = values.get();
+    pack.meta = meta.get();
+  }
+  bool operator==(const DevicePack& b) const {
+    return same(values.host(), b.values.host()) && same(meta.host(), b.meta.host());
+  }
+};
+
+// relu2_prune24 against prune_compress24 of what it squares, whose packs tests/simt/semi24.cpp checks.
+template <class T>
+void check_relu2(int64_t n, int64_t m, Layout24 layout, int offset) {
+  std::vector<T> x = draw<T>(n * m, 7), squares = x;
+  for (int64_t i = 0; i < n * m; ++i) {
+    if (i % 5 == 0) x[i] = rounded(0.5f, false, 0, T());  // ties
+    if (i == 11) x[i] = rounded(-0.0f, false, 0, T());
+    const float v = std::max(number(x[i]), 0.0f);
+    squares[i] = rounded(v * v, false, 0, T());
+  }
+  const Shifted<T> device_x(x, offset), device_squares(squares, offset);
+  const DevicePack<T> got(layout, n, m), got_t(layout, m, n), want(layout, n, m), want_t(layout, m, n);
+  expect(cuda::launch_relu2_prune24(type_of(T()), device_x.get(), got.pack, got_t.pack, nullptr) == cudaSuccess &&
+             cuda::launch_prune_compress24(type_of(T()), device_squares.get(), nullptr, Prune24::rows, want.pack,
+                                           want_t.pack, nullptr) == cudaSuccess,
+         "launch");
+  expect(got == want, "relu2_prune24");
+  expect(got_t == want_t, "relu2_prune24, transposed");
+}
+
+template <class T>
 void check_relu2_backward(int64_t count, int offset) {
   std::vector<T> y = draw<T>(count, 8);
   const std::vector<T> dy = draw<T>(count, 9);
@@ -185,6 +222,7 @@ void check_type() {
     check_gate_to_mask<T>(4, 7, offset);
     check_srste<T>(3 * 256 * 8 + 3, offset);
     check_srste<T>(5, offset);
+    check_relu2<T>(130, 136, Layout24::plain, offset);
     check_relu2_backward<T>(2053, offset);
   }
   check_soft_mask<T, T>(1, 1, 0);
@@ -197,6 +235,8 @@ int main() {
   check_type<float>();
   check_type<__nv_bfloat16>();
   check_type<__half>();
+  check_relu2<__nv_bfloat16>(70, 200, Layout24::sm80, 0);
+  check_relu2<__half>(128, 260, Layout24::sm90, 0);
   check_soft_mask_f64(3, 40);
   check_soft_mask_f64(4, 7);
   return finish("semi24_mask");
