@@ -15,7 +15,6 @@ except ImportError as error:
     ) from error
 
 from . import attention, convert, nn, optim, semi24
-from . import attention, convert, nn, optim
 from .block8 import block8_sddmm, block8_spmm, block8_spmm_t
 from .gemm import gemm
 from .lowrank import lowrank_linear
@@ -38,10 +37,10 @@ from .semi24 import (
     convert24,
     decompress24,
     dw_compress24,
+    gate_to_mask,
     linear24,
     linear24_packed,
     linear24_train,
-    gate_to_mask,
     mask_of24,
     maskllm24,
     maskllm_prior,
@@ -103,11 +102,11 @@ __all__ = [
     "linear24_packed",
     "linear24_train",
     "lowrank_linear",
+    "lowrank_linear_multi",
+    "lowrank_swiglu",
     "mask_of24",
     "maskllm24",
     "maskllm_prior",
-    "lowrank_linear_multi",
-    "lowrank_swiglu",
     "momentum_q_",
     "nn",
     "optim",

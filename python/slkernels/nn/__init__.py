@@ -18,7 +18,7 @@ __all__ = [
     "MaskLinear24",
     "SLLinear",
     "Tracking",
+    "cached_weights",
     "exclude_indices_from_ddp",
     "track24",
-    "cached_weights",
 ]

@@ -5,7 +5,6 @@ differentiable by autograd. They are written to be read, not to be fast: S is a 
 """
 
 from . import attention, optim, project, semi24, semi24_mask
-from . import attention, optim, project
 from .block8 import block8_sddmm, block8_spmm, block8_spmm_t, block8_to_dense
 from .gemm import gemm
 from .lowrank import lowrank_linear, lowrank_linear_multi, lowrank_swiglu

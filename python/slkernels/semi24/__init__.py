@@ -7,7 +7,6 @@ from ._dispatch import sparse_pays24
 from ._interop import from_torch_semi_structured, to_torch_semi_structured
 from ._linear import dw_compress24, linear24, linear24_packed, linear24_train
 from ._mask import gate_to_mask, maskllm24, maskllm_prior, srste_grad_
-from ._dispatch import sparse_pays24
 from ._pack import (
     check24,
     compress24,
@@ -29,11 +28,11 @@ __all__ = [
     "decompress24",
     "dw_compress24",
     "from_torch_semi_structured",
+    "gate_to_mask",
+    "input_norms",
     "linear24",
     "linear24_packed",
     "linear24_train",
-    "gate_to_mask",
-    "input_norms",
     "mask_of24",
     "maskllm24",
     "maskllm_prior",
@@ -42,11 +41,8 @@ __all__ = [
     "relu2_prune24",
     "repack24_perm",
     "repack24_t_",
+    "sparse_pays24",
     "srste_grad_",
     "to_torch_semi_structured",
-    "sparse_pays24",
-]
     "wanda_score",
-from ._linear import dw_compress24, linear24, linear24_packed, linear24_train
-
-__all__ = ["dw_compress24", "linear24", "linear24_packed", "linear24_train"]
+]
