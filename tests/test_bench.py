@@ -388,7 +388,7 @@ def test_the_goals_stand_at_their_cases():
     assert found["sddmm", "T=2048 1024→1024 3%", DENSE] == 5
     assert found["sl_linear fwd+bwd", "T=4096 1024→1024 r=256 3%", DENSE] == 1.3
     assert found["sl_linear fwd+bwd", "T=4096 1024→2736 r=256 3%", sl.SLTRAIN] == 1.6
-    assert all(found["sl_linear decode", f"T={t} 4096→4096 r=1024 5%", DENSE] == 1.5 for t in (1, 2, 4, 8))
+    assert all(found["sl_linear decode", f"T={t} 4096→4096 r=1024 5%", DENSE] == 1.5 for t in (1, 8))
     assert found["AdamW8bit step", "1 x 16777216", "bitsandbytes"] == 20
     assert found["AdamW8bit step", "256 x 8192", "torch fused"] == 1
 
