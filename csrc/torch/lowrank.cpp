@@ -72,6 +72,11 @@ Activation activation_of(const std::string& name) {
   return Activation::gelu;
 }
 
+Activation activation_of(const char* op, int64_t number) {
+  check(number >= 0 && number <= int64_t(Activation::gelu), op, "activation must be in [0, 3], got ", number);
+  return Activation(number);
+}
+
 Tensor activate(Activation f, const Tensor& z) {
   switch (f) {
     case Activation::none:
@@ -108,10 +113,10 @@ void check_gate(const std::optional<Tensor>& gate, int64_t rank, const Tensor& x
 
 // (y, z): z = x A^T is what backward needs besides the inputs.
 std::tuple<Tensor, Tensor> lowrank_linear_forward(const Tensor& x, const Tensor& A, const Tensor& B, double alpha,
-                                                  std::optional<Tensor> gate, Text activation,
+                                                  std::optional<Tensor> gate, int64_t activation,
                                                   std::optional<Tensor> bias, std::optional<Tensor> base) {
   const char* op = "lowrank_linear";
-  const Activation f = activation_of(activation);
+  const Activation f = activation_of(op, activation);
   dtype_of(op, "x", x);
   check(A.dim() == 2, op, "A must be [rank, m], got ", show(A));
   check(B.dim() == 2, op, "B must be [n, rank], got ", show(B));
@@ -137,10 +142,10 @@ std::tuple<Tensor, Tensor> lowrank_linear_forward(const Tensor& x, const Tensor&
 // Gradients of x, A, B, gate and base; an empty tensor stands for one that is not asked for.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lowrank_linear_backward(
     const Tensor& dy, const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& z, double alpha,
-    std::optional<Tensor> gate, Text activation, std::optional<Tensor> base, bool need_x, bool need_a, bool need_b,
+    std::optional<Tensor> gate, int64_t activation, std::optional<Tensor> base, bool need_x, bool need_a, bool need_b,
     bool need_gate, bool need_base) {
   const char* op = "lowrank_linear_backward";
-  const Activation f = activation_of(activation);
+  const Activation f = activation_of(op, activation);
   const Tensor dy2 = as_tokens(op, "dy", dy, B.size(0)), x2 = as_tokens(op, "x", x, A.size(1));
   const Tensor none = empty_like_shape(x, {0});
   Tensor dx = none, da = none, db = none, dgate = none, dbase = none;
@@ -180,8 +185,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lowrank_linear_backward(
 Tensor lowrank_linear(const Tensor& x, const Tensor& A, const Tensor& B, double alpha, std::optional<Tensor> gate,
                       Text activation, std::optional<Tensor> bias, std::optional<Tensor> base) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 8> stack{from(x),    from(A),          from(B),    from(alpha),
-                                    from(gate), from(activation), from(bias), from(base)};
+  std::array<StableIValue, 8> stack{from(x),     from(A),    from(B),
+                                    from(alpha), from(gate), from(int64_t(activation_of(activation))),
+                                    from(bias),  from(base)};
   call_op("slkernels::_lowrank_linear", stack);
   const Tensor y = torch::stable::detail::to<Tensor>(stack[0]);
   torch::stable::detail::to<Tensor>(stack[1]);  // releases z

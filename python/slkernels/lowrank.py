@@ -9,8 +9,6 @@ from ._library import check, define, needs_grad
 
 _ops = torch.ops.slkernels
 
-ACTIVATIONS = ("none", "relu", "silu", "gelu")
-
 
 def check_bias(op: str, bias: Tensor | None, n: int) -> None:
     check(bias is None or (bias.dim() == 1 and bias.shape[0] == n), op, lambda: f"bias must be [{n}]")
@@ -35,10 +33,9 @@ def check_factors(op: str, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None)
     check_bias(op, bias, B.shape[0])
 
 
-def _forward_fake(x, A, B, alpha=1.0, gate=None, activation="none", bias=None, base=None):
+def _forward_fake(x, A, B, alpha=1.0, gate=None, activation=0, bias=None, base=None):
     check_factors("lowrank_linear", x, A, B, bias)
     check_base("lowrank_linear", base, B.shape[0], A.shape[1])
-    check(activation in ACTIVATIONS, "lowrank_linear", lambda: f"activation must be one of {ACTIVATIONS}")
     return x.new_empty((*x.shape[:-1], B.shape[0])), x.new_empty((count_tokens(x), A.shape[0]))
 
 
@@ -66,21 +63,23 @@ def _backward_fake(dy, x, A, B, z, alpha, gate, activation, base, need_x, need_a
     return tuple(x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
 
 
+# The private ops take a number: of a string that C++ hands to the dispatcher, torch (2.10 to 2.14) leaves a copy behind.
+_BY_NAME, _BY_NUMBER = 'str activation="none"', "int activation=0"
 _ARGUMENTS = (
-    'Tensor x, Tensor A, Tensor B, float alpha=1.0, Tensor? gate=None, str activation="none", Tensor? bias=None, '
+    f"Tensor x, Tensor A, Tensor B, float alpha=1.0, Tensor? gate=None, {_BY_NAME}, Tensor? bias=None, "
     "Tensor? base=None"
 )
 
 define(f"lowrank_linear({_ARGUMENTS}) -> Tensor", fake=None)
 define(
-    f"_lowrank_linear({_ARGUMENTS}) -> (Tensor, Tensor)",
+    f"_lowrank_linear({_ARGUMENTS.replace(_BY_NAME, _BY_NUMBER)}) -> (Tensor, Tensor)",
     fake=_forward_fake,
     setup_context=_setup,
     backward=_backward,
 )
 define(
     "_lowrank_linear_backward(Tensor dy, Tensor x, Tensor A, Tensor B, Tensor z, float alpha, Tensor? gate, "
-    "str activation, Tensor? base, bool need_x, bool need_a, bool need_b, bool need_gate, bool need_base) -> "
+    "int activation, Tensor? base, bool need_x, bool need_a, bool need_b, bool need_gate, bool need_base) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
 )
