@@ -63,7 +63,7 @@ def _backward_fake(dy, x, A, B, z, alpha, gate, activation, base, need_x, need_a
     return tuple(x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
 
 
-# The private ops take a number: of a string that C++ hands to the dispatcher, torch (2.10 to 2.14) leaves a copy behind.
+# The private ops take a number: of a string that C++ hands to the dispatcher, torch (2.10 to 2.14) leaves a copy.
 _BY_NAME, _BY_NUMBER = 'str activation="none"', "int activation=0"
 _ARGUMENTS = (
     f"Tensor x, Tensor A, Tensor B, float alpha=1.0, Tensor? gate=None, {_BY_NAME}, Tensor? bias=None, "
