@@ -21,6 +21,7 @@ namespace {
 
 constexpr int kRows = 64;  // queries of a tile
 constexpr int kReduceThreads = 256;
+constexpr int kBlocksAMultiprocessor = 3;  // at most 168 registers: for 4 or 5 blocks ptxas would spill
 
 template <int kDk_>
 struct ColStatsTile {
@@ -105,7 +106,8 @@ __device__ int row_of_thread(int half) {
 }
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(kThreads) attention_colstats_lse_kernel(const __grid_constant__ ColStatsParams p) {
+__global__ void __launch_bounds__(kThreads, kBlocksAMultiprocessor)
+    attention_colstats_lse_kernel(const __grid_constant__ ColStatsParams p) {
   uint4* q_tile = dynamic_shared<uint4>();
   const int64_t split = blockIdx.x % p.c.splits;
   for_each_tile_of_queries<Tile::kKeys>(
@@ -176,7 +178,8 @@ __device__ void count_blocks(const Counts& to, bool listed, int start, const Sum
 }
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(kThreads) attention_colstats_kernel(const __grid_constant__ ColStatsParams p) {
+__global__ void __launch_bounds__(kThreads, kBlocksAMultiprocessor)
+    attention_colstats_kernel(const __grid_constant__ ColStatsParams p) {
   constexpr int kKeys = Tile::kKeys, kStride = Tile::kStride, kShares = Tile::kShares;
   const AttentionColStats& c = p.c.stats;
   const AttentionForward& f = c.forward;
