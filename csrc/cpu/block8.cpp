@@ -33,9 +33,9 @@ SLK_INLINE int64_t block_of(const Blocks& s, int64_t k) {
 
 // Vectors of tokens at a time: 8 rows of them are accumulators, which leaves room for the operands.
 constexpr int kAtOnce = kLanes >= 16 ? 2 : 1;
-// Blocks that are summed in one chain of 128 terms; the chains are summed in turn. A single one over all of a row's
-// blocks would round more often than a dense product, which sums in several.
-constexpr int64_t kChain = 16;
+// Blocks that are summed in one chain of 128 terms (of 8, where every term rounds twice); the chains are summed in
+// turn. A single one over all of a row's blocks would round more often than a dense product, which sums in several.
+constexpr int64_t kChain = kFusesProducts ? 16 : 1;
 
 // yt[i][t] = sum_j S[i, j] xt[j, t] for the 8 rows of one block row.
 template <bool kTransposed, int NV, class Col>

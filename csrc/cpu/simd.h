@@ -317,6 +317,13 @@ SLK_INLINE V sum_rows(V (&r)[kLanes]) {
 
 // ---- elementwise words of the optimizer kernels -------------------------------------------------------------------
 
+// Whether a * b + c is rounded once: the compiler fuses it where the set can.
+#if defined(__FMA__)
+constexpr bool kFusesProducts = true;
+#else
+constexpr bool kFusesProducts = false;
+#endif
+
 // a * b + c rounded once on every ISA: for arithmetic that must give the same bits everywhere. (Without FMA hardware
 // the double sum is rounded to float a second time, which changes a result about once in 2^29.)
 SLK_INLINE V fma(V a, V b, V c) {
