@@ -150,7 +150,7 @@ PackedTensors24 new_packed24(const Tensor& like, int64_t n, int64_t m, Layout24 
   PackedTensors24 t = {empty_like_shape(like, values_shape(n, m, layout)),
                        empty_like_shape(like, meta_shape(n, m, layout), meta_type(layout))};
   const bool padded = padded_rows24(layout, n) != n || padded_columns24(layout, m) != 4 * groups24(m);
-  if (padded && !is_cuda(like)) {
+  if (padded && !is_cuda(like) && t.meta.numel() > 0) {  // of nothing there is no address
     torch::stable::zero_(t.values);
     std::memset(t.meta.mutable_data_ptr(), 0x44, view24(t, n, m, layout).meta_bytes());
   }
